@@ -1,0 +1,61 @@
+# Every package is independent; this file runs the same step in each. `make help` lists the commands.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PACKAGES := assignment1-basics
+BASICS := assignment1-basics
+
+# uv: the one on the PATH, or one of our own, which pip puts into .tools/.
+UV_VERSION := 0.13.9
+PYTHON ?= python3
+UV := $(shell command -v uv 2>/dev/null || echo $(CURDIR)/.tools/bin/uv)
+RUN := $(UV) run --no-sync
+
+.PHONY: help setup demo test lint format course-tests data-tinystories data-owt lock clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(PACKAGES:%=%/.venv/.synced) ## create every package's environment from its lock file
+
+demo: $(BASICS)/.venv/.synced ## train a tokenizer and a language model in minutes, then sample (DATA=path.txt: on your text)
+	@cd $(BASICS) && $(RUN) cs336-basics demo $(if $(DATA),--data "$(abspath $(DATA))")
+
+test: setup ## run the CPU tests of every package
+	@for package in $(PACKAGES); do (cd $$package && $(RUN) pytest -q) || exit 1; done
+
+lint: setup .venv/.synced ## check style and types
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@for package in $(PACKAGES); do \
+	  (cd $$package && ../.venv/bin/mypy --config-file ../pyproject.toml --python-executable .venv/bin/python \
+	    $$(ls -d cs336_* benchmarks experiments 2>/dev/null)) || exit 1; done
+
+format: .venv/.synced ## format the code, mend what can be mended
+	@.venv/bin/ruff format --quiet . && .venv/bin/ruff check --fix .
+
+course-tests: setup ## run the course's own tests: COURSE=path of a checkout of one of its assignments
+	@$(BASICS)/.venv/bin/python tools/course_tests.py "$(COURSE)"
+
+data-tinystories: $(BASICS)/.venv/.synced ## download TinyStories (2.2 GB) into assignment1-basics/data/tinystories
+	@cd $(BASICS) && $(RUN) python -m cs336_basics.download tinystories
+
+data-owt: $(BASICS)/.venv/.synced ## download the course's OpenWebText sample (12 GB) into assignment1-basics/data/owt
+	@cd $(BASICS) && $(RUN) python -m cs336_basics.download owt
+
+lock: $(UV) ## resolve the dependencies anew and write the lock files
+	@for folder in . $(PACKAGES); do (cd $$folder && rm -f uv.lock && $(UV) lock --quiet && \
+	  $(UV) export --quiet --format requirements-txt --no-emit-project --all-groups -o requirements.lock && \
+	  ! grep -nE 'https?://' requirements.lock) || exit 1; done
+
+clean: ## remove the environments (data and runs stay)
+	rm -rf .tools .venv $(PACKAGES:%=%/.venv)
+
+%/.venv/.synced: %/requirements.lock %/pyproject.toml | $(UV)
+	@cd $* && $(UV) venv --quiet --allow-existing && $(UV) pip sync --quiet --require-hashes requirements.lock && \
+	  $(UV) pip install --quiet --no-deps --editable . && touch .venv/.synced
+
+.venv/.synced: requirements.lock | $(UV)
+	@$(UV) venv --quiet --allow-existing && $(UV) pip sync --quiet --require-hashes requirements.lock && touch $@
+
+$(CURDIR)/.tools/bin/uv:
+	@echo "uv is not installed: getting uv $(UV_VERSION) with pip into $(CURDIR)/.tools"
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --target $(CURDIR)/.tools uv==$(UV_VERSION)

@@ -1,0 +1,145 @@
+"""What a model costs: parameters, floating-point operations and memory, from its configuration alone.
+
+A matrix product of [m k] and [k n] takes 2 m k n operations (one multiplication and one addition per term).
+Only matrix products are counted in FLOPs: everything else is below a percent of a Transformer's.
+"""
+
+from dataclasses import dataclass
+
+from cs336_basics.model import ModelConfig
+
+#: AdamW's arithmetic per parameter and step: m takes 3 operations, v takes 4, the square root, + ε, m / (...),
+#: · α and θ - ... take 5, and the decay θ - α λ θ takes 2.
+ADAMW_FLOPS_PER_PARAMETER = 14
+
+
+@dataclass(frozen=True)
+class MatMul:
+    """A matrix product [rows inner] · [inner columns], done `times` times in a forward pass."""
+
+    name: str
+    rows: int
+    inner: int
+    columns: int
+    times: int
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.inner * self.columns * self.times
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a training step."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.optimizer_state + self.activations
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Trainable parameters by component; the values sum to the model's total."""
+    d, layers = config.d_model, config.num_layers
+    block_norms = 0 if config.norm == "none" else 2 * d
+    return {
+        "token embeddings": config.vocab_size * d,
+        "attention": layers * 4 * d * d,
+        "feed-forward": layers * _ffn_matrices(config) * d * config.ffn_width,
+        "norms": layers * block_norms + (d if config.norm == "pre" else 0),
+        "language-model head": d * config.vocab_size,
+    }
+
+
+def matmuls(config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None) -> list[MatMul]:
+    """The matrix products of a forward pass.
+
+    Attention is counted over all pairs of positions, as it is computed without a kernel that skips the
+    masked half.
+    """
+    seq = sequence_length or config.context_length
+    tokens, d, layers, heads = batch_size * seq, config.d_model, config.num_layers, config.num_heads
+    d_head, d_ff = d // heads, config.ffn_width
+    up = _ffn_matrices(config) - 1
+    return [
+        MatMul("query, key and value projections", tokens, d, d, 3 * layers),
+        MatMul("scores Q Kᵀ", seq, d_head, seq, batch_size * heads * layers),
+        MatMul("weighted values", seq, seq, d_head, batch_size * heads * layers),
+        MatMul("output projection", tokens, d, d, layers),
+        MatMul("feed-forward W1, W3" if up == 2 else "feed-forward W1", tokens, d, d_ff, up * layers),
+        MatMul("feed-forward W2", tokens, d_ff, d, layers),
+        MatMul("language-model head", tokens, d, config.vocab_size, 1),
+    ]
+
+
+def forward_flops(config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None) -> int:
+    """Floating-point operations of a forward pass."""
+    return sum(product.flops for product in matmuls(config, batch_size, sequence_length))
+
+
+def training_flops(config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None) -> int:
+    """Operations of a forward and a backward pass, which takes twice the forward's.
+
+    Every product Y = X W has two in the backward pass, for the gradients of X and of W (Kaplan et al. 2020, 2.1).
+    """
+    return 3 * forward_flops(config, batch_size, sequence_length)
+
+
+def activation_counts(config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None) -> dict[str, int]:
+    """Numbers that a forward pass keeps for the backward pass, by component, each operation keeping its output.
+
+    The list is the course's (adamwAccounting): both norms, projections, scores, softmax, weighted values,
+    output projection and feed-forward of every block; the final norm, the logits, and the cross-entropy.
+    """
+    seq = sequence_length or config.context_length
+    d, layers = config.d_model, config.num_layers
+    stream = batch_size * seq * d
+    inner = batch_size * seq * config.ffn_width
+    logits = batch_size * seq * config.vocab_size
+    inner_outputs = 4 if config.ffn == "swiglu" else 2  # W1 x, SiLU, and W3 x and the product
+    return {
+        "norms": 0 if config.norm == "none" else layers * 2 * stream + (stream if config.norm == "pre" else 0),
+        "attention projections": layers * (3 + 1) * stream,
+        "scores and softmax": layers * 2 * batch_size * config.num_heads * seq * seq,
+        "weighted values": layers * stream,
+        "feed-forward": layers * (inner_outputs * inner + stream),
+        "logits and cross-entropy": 2 * logits,
+    }
+
+
+def training_memory(
+    config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None, bytes_per_number: int = 4
+) -> Memory:
+    """Peak memory of a training step with AdamW, all numbers of one size."""
+    parameters = bytes_per_number * sum(parameter_counts(config).values())
+    activations = bytes_per_number * sum(activation_counts(config, batch_size, sequence_length).values())
+    return Memory(parameters, gradients=parameters, optimizer_state=2 * parameters, activations=activations)
+
+
+def max_batch_size(
+    config: ModelConfig, memory_bytes: float, sequence_length: int | None = None, bytes_per_number: int = 4
+) -> int:
+    """The largest batch whose `training_memory` fits; 0 if not even one sequence does."""
+    one = training_memory(config, 1, sequence_length, bytes_per_number)
+    return max(0, int((memory_bytes - (one.total - one.activations)) // one.activations))
+
+
+def adamw_step_flops(config: ModelConfig) -> int:
+    """Operations of one AdamW step; see `ADAMW_FLOPS_PER_PARAMETER`."""
+    return ADAMW_FLOPS_PER_PARAMETER * sum(parameter_counts(config).values())
+
+
+def training_days(
+    config: ModelConfig, batch_size: int, steps: int, flops_per_second: float, utilisation: float = 0.5
+) -> float:
+    """Days that training takes on hardware of that peak rate, of which `utilisation` is reached."""
+    total = steps * (training_flops(config, batch_size) + adamw_step_flops(config))
+    return total / (flops_per_second * utilisation) / 86_400
+
+
+def _ffn_matrices(config: ModelConfig) -> int:
+    return 3 if config.ffn == "swiglu" else 2

@@ -1,0 +1,100 @@
+"""Checkpoints: model, optimizer and step in one file, complete or absent."""
+
+import os
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+import torch
+from torch import nn
+
+Destination = str | os.PathLike[str] | BinaryIO | IO[bytes]
+
+
+def save_checkpoint(
+    model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, out: Destination, **extra: object
+) -> None:
+    """Write the state of a training run.
+
+    A path gets the complete file or keeps what it had, whatever happens meanwhile: the bytes go to a
+    temporary name, reach the disk, and only then take the path's place.
+
+    Args:
+        out: a path or a binary file object.
+        extra: more to keep, of tensors, numbers, strings and containers of them.
+
+    Raises:
+        OSError: the file cannot be written (disk full, no permission); the message says how to go on.
+    """
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration, **extra}
+    if not isinstance(out, str | os.PathLike):
+        torch.save(state, out)
+        return
+    path = Path(out)
+    unfinished = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(
+            f"cannot write checkpoint {path} ({cause}); free some space or choose another folder, "
+            "then run the same command again: earlier checkpoints are untouched"
+        ) from error
+
+
+def load_checkpoint(src: Destination, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+    """Restore what `save_checkpoint` wrote, onto the devices where `model` and `optimizer` live.
+
+    Returns:
+        The iteration that was saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, or is of a model of another shape.
+    """
+    return restore(read_checkpoint(src), model, optimizer, src)["iteration"]
+
+
+def read_checkpoint(src: Destination) -> dict[str, Any]:
+    """The contents of a checkpoint, on the CPU. Only tensors and plain data are read, never code."""
+    if isinstance(src, str | os.PathLike) and not Path(src).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {src}")
+    try:
+        state = torch.load(src, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and more for damaged files
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"checkpoint {src} is damaged ({first_line}); delete it to go on from the checkpoint before it"
+        ) from error
+    if not isinstance(state, dict) or not {"model", "optimizer", "iteration"} <= state.keys():
+        raise ValueError(f"{src} is no checkpoint of ours: it must hold a model, an optimizer and an iteration")
+    return state
+
+
+def restore(
+    state: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer | None, src: Destination
+) -> dict[str, Any]:
+    """Load what `read_checkpoint` returned into `model` and `optimizer`; return it."""
+    try:
+        model.load_state_dict(state["model"])
+        if optimizer is not None:
+            optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        details = " ".join(str(error).split())
+        raise ValueError(f"checkpoint {src} does not fit this model: {details[:300]}") from error
+    return state
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

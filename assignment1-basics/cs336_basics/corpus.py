@@ -1,0 +1,79 @@
+"""A corpus that every reader has already: the source code of Python's standard library."""
+
+import sysconfig
+from pathlib import Path
+
+from cs336_basics.pretokenization import read_text
+
+END_OF_TEXT = "<|endoftext|>"
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_bundled", "pydoc_data"}
+
+
+def write_standard_library(train_path: Path, valid_path: Path, valid_every: int = 20) -> tuple[int, int]:
+    """Write the standard library's modules as documents, every twentieth into the validation file.
+
+    Tests, installed packages and files that are not UTF-8 are left out.
+
+    Returns:
+        The number of training and validation documents.
+
+    Raises:
+        FileNotFoundError: this Python comes without the sources of its library.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    paths = [path for path in sorted(library.rglob("*.py")) if not _SKIPPED & set(path.relative_to(library).parts)]
+    documents = [text for path in paths if (text := _read(path))]
+    if sum(map(len, documents)) < 1_000_000:
+        raise FileNotFoundError(
+            f"{library} holds less than a megabyte of Python source; give a text of your own with DATA=path.txt"
+        )
+    valid = documents[valid_every - 1 :: valid_every]
+    train = [document for index, document in enumerate(documents) if index % valid_every != valid_every - 1]
+    write_documents(train_path, train)
+    write_documents(valid_path, valid)
+    return len(train), len(valid)
+
+
+def split_text(source: Path, train_path: Path, valid_path: Path, max_bytes: int, valid_share: float = 0.05) -> int:
+    """Split the first `max_bytes` of a text file: its last documents, or lines, are for validation.
+
+    Documents are what `<|endoftext|>` separates; in a text without it, the split is at a line's end.
+
+    Returns:
+        The number of characters used.
+
+    Raises:
+        ValueError: the file is not UTF-8, or too short to split.
+    """
+    text, used = "", 0
+    for block in read_text(source):
+        text += block
+        used += len(block.encode())
+        if used >= max_bytes:
+            break
+    target = int(len(text) * (1 - valid_share))
+    separator = END_OF_TEXT if END_OF_TEXT in text else "\n"
+    cut = text.find(separator, target)
+    cut = len(text) if cut < 0 else cut + len(separator)
+    if len(text) < 10_000 or cut == len(text):
+        raise ValueError(
+            f"{source} is too short to train and validate on ({len(text)} characters in one piece); "
+            "give at least some hundred kilobytes of text in several lines"
+        )
+    write_documents(train_path, text[:cut].removesuffix(END_OF_TEXT).split(END_OF_TEXT))
+    write_documents(valid_path, text[cut:].removesuffix(END_OF_TEXT).split(END_OF_TEXT))
+    return len(text)
+
+
+def write_documents(path: Path, documents: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        for document in documents:
+            file.write(document + END_OF_TEXT)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""

@@ -1,0 +1,172 @@
+"""Token files and batches.
+
+A token file is a `.npy` array of uint16 (or uint32 for more than 65 536 tokens), which numpy maps into
+memory: training touches only the windows it draws. Headerless uint16 files (`.bin`), as many course
+repositories write them, are read too.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cs336_basics.pretokenization import CHUNK_CHARS, DecodeErrors, parallel_map, read_text, safe_chunks
+from cs336_basics.tokenizer import Tokenizer
+
+
+def get_batch(
+    dataset: npt.NDArray[np.integer],
+    batch_size: int,
+    context_length: int,
+    device: str | torch.device = "cpu",
+    rng: np.random.Generator | None = None,
+) -> tuple[Int[Tensor, "batch_size context_length"], Int[Tensor, "batch_size context_length"]]:
+    """Random windows of a token array, and the same windows one token on.
+
+    Args:
+        dataset: 1-D token ids, in memory or mapped from a file.
+        batch_size: number of windows. Each starts at 0 ... len(dataset) - context_length - 1, evenly likely.
+        context_length: tokens a window.
+        device: where the tensors go.
+        rng: source of randomness; default: numpy's global one.
+
+    Raises:
+        ValueError: `dataset` is shorter than context_length + 1.
+        RuntimeError: there is no such device.
+    """
+    check_length(dataset, context_length)
+    high = len(dataset) - context_length
+    starts = rng.integers(high, size=batch_size) if rng else np.random.randint(high, size=batch_size)
+    return windows_at(dataset, starts, context_length, device)
+
+
+def check_length(tokens: npt.NDArray[np.integer], context_length: int, name: str = "the data set") -> None:
+    """Raise a ValueError if not one window fits into `tokens`."""
+    if len(tokens) <= context_length:
+        raise ValueError(
+            f"{name} has {len(tokens)} tokens, but context length {context_length} needs at least {context_length + 1}"
+        )
+
+
+def windows_at(
+    dataset: npt.NDArray[np.integer], starts: npt.NDArray[np.integer], context_length: int, device: str | torch.device
+) -> tuple[Int[Tensor, "batch context_length"], Int[Tensor, "batch context_length"]]:
+    """The windows that begin at `starts`, and the same windows one token on."""
+    windows = torch.from_numpy(dataset[starts[:, None] + np.arange(context_length + 1)].astype(np.int64))
+    try:
+        if torch.device(device).type == "cuda":  # pinned, so that the copy runs beside the host
+            windows = windows.pin_memory()
+        windows = windows.to(device, non_blocking=True)
+    except (RuntimeError, AssertionError) as error:
+        raise RuntimeError(f"cannot put a batch on device {str(device)!r}: {error}") from error
+    return windows[:, :-1], windows[:, 1:]
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """The smallest type of a token file that holds every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def write_tokens(path: str | os.PathLike[str], blocks: Iterable[npt.NDArray[np.integer]], vocab_size: int) -> int:
+    """Stream blocks of ids into a `.npy` file, under a temporary name until it is complete.
+
+    Returns:
+        The number of tokens.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    dtype = np.dtype(token_dtype(vocab_size))
+    count = 0
+    try:
+        with open(unfinished, "wb") as file:
+            _write_header(file, dtype, 0)
+            for block in blocks:
+                file.write(block.astype(dtype).tobytes())
+                count += len(block)
+            file.seek(0)
+            _write_header(file, dtype, count)  # numpy pads the header so that a longer count takes no more room
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return count
+
+
+def tokenize_file(
+    tokenizer: Tokenizer,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    num_workers: int | None = None,
+    errors: DecodeErrors = "strict",
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Tokenize a UTF-8 file into a token file, in `num_workers` processes (default: all cores) and constant memory.
+
+    `progress` is called with the number of bytes read so far.
+
+    Returns:
+        The number of tokens.
+    """
+    chunks = safe_chunks(read_text(source, errors=errors, progress=progress), tokenizer.special_tokens, CHUNK_CHARS)
+    if os.path.getsize(source) <= CHUNK_CHARS:
+        num_workers = 1
+    vocab_size = max(tokenizer.vocab) + 1
+    encode = partial(_encode_chunk, dtype=np.dtype(token_dtype(vocab_size)))
+    blocks = parallel_map(encode, chunks, num_workers, _start_worker, (tokenizer,))
+    return write_tokens(destination, blocks, vocab_size)
+
+
+_tokenizer_of_worker: Tokenizer
+
+
+def _start_worker(tokenizer: Tokenizer) -> None:
+    global _tokenizer_of_worker
+    _tokenizer_of_worker = tokenizer
+
+
+def _encode_chunk(text: str, dtype: np.dtype) -> npt.NDArray[np.integer]:
+    return np.array(_tokenizer_of_worker.encode(text), dtype=dtype)
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def open_tokens(path: str | os.PathLike[str], vocab_size: int) -> npt.NDArray[np.integer]:
+    """Map a token file into memory and check that every id lies below `vocab_size`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, is no 1-D array of ids, or has an id outside the vocabulary.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no token file {path}; make it with `cs336-basics tokenize`")
+    try:
+        tokens = np.load(path, mmap_mode="r") if path.suffix == ".npy" else np.memmap(path, dtype=np.uint16, mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable token file ({error}); make it again with `cs336-basics tokenize`"
+        ) from None
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"{path} holds an array of shape {tokens.shape} and type {tokens.dtype}, not a row of token ids"
+        )
+    step = 1 << 24  # a file larger than memory is looked at in pieces
+    for start in range(0, len(tokens), step):
+        greatest = int(tokens[start : start + step].max())
+        if greatest >= vocab_size:
+            raise ValueError(
+                f"{path} holds token id {greatest}, but the model's vocabulary has {vocab_size}; "
+                "give the vocabulary size of the tokenizer that made the file"
+            )
+    return tokens

@@ -1,0 +1,61 @@
+"""Functions of tensors: activations, softmax, the loss and gradient clipping."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """x · sigmoid(x) (Elfwing et al. 2017, Hendrycks & Gimpel 2016)."""
+    return x * torch.sigmoid(x)
+
+
+def softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
+    """exp(x) / Σ exp(x) along `dim`. Subtracting the maximum changes nothing but keeps exp finite."""
+    exp = torch.exp(x - x.amax(dim, keepdim=True))
+    return exp / exp.sum(dim, keepdim=True)
+
+
+def log_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
+    """The logarithm of `softmax`, without taking the logarithm of a number that may have rounded to 0."""
+    shifted = x - x.amax(dim, keepdim=True)
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
+def cross_entropy(inputs: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    """The mean of -log softmax(inputs)[target], in nats, over all leading dimensions.
+
+    Half-precision logits are summed in float32.
+    """
+    if inputs.dtype in (torch.float16, torch.bfloat16):
+        inputs = inputs.float()
+    shifted = inputs - inputs.amax(-1, keepdim=True)
+    target_logits = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return (shifted.exp().sum(-1).log() - target_logits).mean()
+
+
+@torch.no_grad()
+def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
+    """Scale all gradients, in place, so that their joint L2 norm is at most `max_norm`.
+
+    Parameters without a gradient are skipped. Nothing waits for the GPU.
+
+    Returns:
+        The norm before clipping.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norms = torch.stack(
+        [norm.to(gradients[0].device) for norm in torch._foreach_norm(gradients, dtype=_norm_dtype(gradients))]
+    )
+    norm = norms.square().sum().sqrt()
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, factor)
+    return norm
+
+
+def _norm_dtype(gradients: list[Tensor]) -> torch.dtype:
+    return torch.float64 if gradients[0].dtype == torch.float64 else torch.float32

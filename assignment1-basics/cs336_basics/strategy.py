@@ -1,0 +1,114 @@
+"""Where and how a training step runs: the seam between the training loop and parallelism.
+
+The loop in `cs336_basics.training` knows a `Strategy` only. `SingleDevice` is the one of this package;
+data-parallel ones replace it without a change to the loop.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cs336_basics.checkpoint import read_checkpoint, restore, save_checkpoint
+from cs336_basics.nn_utils import clip_gradient
+
+
+class Strategy(Protocol):
+    """What the training loop asks of its surroundings. A process is one of `world_size`, number `rank`."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        """Put the model where it trains; the result is called like it."""
+        ...
+
+    def build_optimizer(
+        self, model: nn.Module, optimizer_class: type[torch.optim.Optimizer], **options: Any
+    ) -> torch.optim.Optimizer:
+        """An optimizer over the parameters of the wrapped model."""
+        ...
+
+    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Surrounds the forward and backward pass of a microbatch; gradients need only be exact after the last."""
+        ...
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+        """Clip, update, clear the gradients. Returns the gradient norm before clipping, without waiting for it."""
+        ...
+
+    def reduce_mean(self, value: Tensor) -> Tensor:
+        """The mean of `value` over all processes."""
+        ...
+
+    def save(
+        self, path: os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extra: Any
+    ) -> None:
+        """Write a checkpoint; all processes call it."""
+        ...
+
+    def load(self, path: os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Restore a checkpoint; returns its iteration and what else was saved."""
+        ...
+
+
+class SingleDevice:
+    """Train on one CPU or one GPU.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto" for a GPU if there is one.
+    """
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, device: str = "auto") -> None:
+        self.device = resolve_device(device)
+
+    def wrap_model(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device)
+
+    def build_optimizer(
+        self, model: nn.Module, optimizer_class: type[torch.optim.Optimizer], **options: Any
+    ) -> torch.optim.Optimizer:
+        return optimizer_class(model.parameters(), **options)
+
+    def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
+        norm = clip_gradient(model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def reduce_mean(self, value: Tensor) -> Tensor:
+        return value
+
+    def save(
+        self, path: os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extra: Any
+    ) -> None:
+        save_checkpoint(model, optimizer, iteration, path, **extra)
+
+    def load(self, path: os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return restore(read_checkpoint(path), model, optimizer, path)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used here ({reason}); choose auto or cpu") from error
+    return device

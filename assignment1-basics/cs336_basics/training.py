@@ -1,0 +1,395 @@
+"""The training loop.
+
+A run is a folder: `config.json`, `metrics.jsonl`, `checkpoints/`. `train` on an existing folder resumes it.
+The batch of a step depends on the seed and the step alone, so a resumed run sees the same data as one that
+was never interrupted, and so does a run on more processes.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cs336_basics.data import check_length, open_tokens, windows_at
+from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
+from cs336_basics.nn_utils import cross_entropy
+from cs336_basics.optimizer import AdamW, get_cosine_lr
+from cs336_basics.run_log import RunLog, environment, write_atomically
+from cs336_basics.strategy import SingleDevice, Strategy
+from cs336_basics.vocab_files import load_vocab
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule: linear warm-up, then half a cosine wave over all steps."""
+
+    lr: float = 1e-3
+    """Highest learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate of the last step."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this joint L2 norm."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on."""
+
+    run: Path = Path("runs/train")
+    """Folder of the run; an existing one is resumed."""
+    train_data: Path = Path("data/train.npy")
+    """Token file to train on, made by `tokenize`."""
+    valid_data: Path = Path("data/valid.npy")
+    """Token file to evaluate on."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer, which is copied into the run. Default: the folder of train_data, if it holds one."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    steps: int = 5_000
+    """Optimizer steps."""
+    batch_size: int = 32
+    """Windows per step, over all processes and microbatches."""
+    microbatches: int = 1
+    """Gradient accumulation: the parts that a process computes its share of a batch in. More parts, less memory."""
+    seed: int = 0
+    """Fixes the initial weights and the order of the data."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto for a GPU if there is one."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 computes under autocast; weights and optimizer stay in float32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    log_every: int = 10
+    """Steps between writes to metrics.jsonl. Every step is in it; a GPU is waited for only here."""
+    eval_every: int = 250
+    """Steps between evaluations."""
+    eval_windows: int | None = 512
+    """Windows of the validation file to evaluate on, from its start; None for all of it."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always gets one."""
+    keep_checkpoints: int = 2
+    """Older checkpoints are deleted."""
+    wandb_project: str | None = None
+    """Send metrics to this W&B project too."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "batch_size",
+            "microbatches",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.eval_windows is not None and self.eval_windows < 1:
+            raise ValueError(f"eval_windows is {self.eval_windows}, but must be at least 1, or None for the whole file")
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not split into {self.microbatches} microbatches of one size"
+            )
+
+
+#: Fields that a resumed run may change, because the weights do not depend on them.
+MAY_CHANGE = {
+    *("run", "tokenizer", "device", "compile", "log_every", "eval_every", "eval_windows"),
+    *("checkpoint_every", "keep_checkpoints", "wandb_project"),
+}
+
+
+def train(
+    config: TrainConfig, strategy: Strategy | None = None, causal_attention: CausalAttention | None = None
+) -> dict[str, float]:
+    """Train a model, or go on training one, and return its last metrics.
+
+    Args:
+        config: what to train. If `config.run` holds a checkpoint of the same configuration, training resumes from it.
+        strategy: where to run; default: one device.
+        causal_attention: an attention kernel for the model, see `CausalMultiHeadSelfAttention`.
+
+    Raises:
+        ValueError, FileNotFoundError: a token file, a checkpoint or the configuration does not fit.
+        FloatingPointError: the loss is no longer finite.
+        OSError: a checkpoint cannot be written.
+    """
+    strategy = strategy or SingleDevice(config.device)
+    if config.batch_size % (strategy.world_size * config.microbatches):
+        raise ValueError(
+            f"batch_size {config.batch_size} does not split evenly over {strategy.world_size} processes "
+            f"of {config.microbatches} microbatches"
+        )
+    train_tokens = open_tokens(config.train_data, config.model.vocab_size)
+    valid_tokens = open_tokens(config.valid_data, config.model.vocab_size)
+    for path, tokens in ((config.train_data, train_tokens), (config.valid_data, valid_tokens)):
+        check_length(tokens, config.model.context_length, str(path))
+    _check_same_configuration(config)
+    tokenizer = _tokenizer_files(config)
+
+    if strategy.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where an operation is not in bfloat16 anyway
+    torch.manual_seed(config.seed)
+    unwrapped = BasicsTransformerLM.from_config(config.model, causal_attention=causal_attention)
+    if config.compile:
+        unwrapped.compile()  # in place: the names in the state dict stay as they are
+    model = strategy.wrap_model(unwrapped)
+    options = config.optimizer
+    optimizer = strategy.build_optimizer(
+        model,
+        AdamW,
+        lr=options.lr,
+        betas=(options.beta1, options.beta2),
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+    )
+
+    start, seconds = 0, 0.0
+    if resume_from := latest_checkpoint(config.run):
+        state = strategy.load(resume_from, model, optimizer)
+        start, seconds = state["iteration"], state["seconds"]
+        torch.set_rng_state(state["rng"])
+    if strategy.rank == 0 and not (config.run / "config.json").exists():
+        record = {"config": config_to_json(config), "environment": environment(strategy.device)}
+        for path in tokenizer:
+            write_atomically(config.run / path.name, path.read_text(encoding="utf-8"))
+        write_atomically(config.run / "config.json", json.dumps(record, indent=1) + "\n")
+
+    loop = _Loop(config, strategy, model, optimizer, train_tokens, valid_tokens, seconds)
+    if strategy.rank != 0:
+        return loop.run(start, log=None)
+    with RunLog(config.run, config.steps, start, config.wandb_project, config_to_json(config)) as log:
+        if start:
+            log.console.print(f"resuming from {resume_from}" if start < config.steps else f"{config.run} is complete")
+        return loop.run(start, log)
+
+
+@dataclass
+class _Loop:
+    """What the steps of a run share."""
+
+    config: TrainConfig
+    strategy: Strategy
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    train_tokens: npt.NDArray[np.integer]
+    valid_tokens: npt.NDArray[np.integer]
+    seconds: float  # spent on steps so far, resumed ones included
+
+    def run(self, start: int, log: RunLog | None) -> dict[str, float]:
+        config = self.config
+        latest: dict[str, float] = {}
+        pending: list[tuple[int, float, Tensor, Tensor]] = []  # step, learning rate, loss, gradient norm
+        clock = time.perf_counter()
+        try:
+            for step in range(start + 1, config.steps + 1):
+                pending.append((step, *self._step(step)))
+                last = step == config.steps
+                evaluate_now = last or step % config.eval_every == 0
+                checkpoint_now = last or step % config.checkpoint_every == 0
+                if not (evaluate_now or checkpoint_now or step % config.log_every == 0):
+                    continue
+                records = self._resolve(pending, time.perf_counter() - clock)
+                latest |= records[-1]
+                pending = []
+                if log:
+                    log.write(records)
+                if evaluate_now:
+                    latest["valid_loss"] = self.evaluate()
+                    if log:
+                        log.write([{"step": step, "valid_loss": latest["valid_loss"]}])
+                        log.show_line()
+                if checkpoint_now:
+                    self._save(step)
+                clock = time.perf_counter()
+        except KeyboardInterrupt:
+            if pending:  # between two steps the state is consistent: nothing that was computed is lost
+                records = self._resolve(pending, time.perf_counter() - clock)
+                if log:
+                    log.write(records)
+                self._save(pending[-1][0])
+            raise
+        return latest
+
+    def _step(self, step: int) -> tuple[float, Tensor, Tensor]:
+        """One optimizer step; returns the learning rate and, still on the device, the loss and the gradient norm."""
+        config, strategy = self.config, self.strategy
+        lr = get_cosine_lr(
+            step, config.optimizer.lr, config.optimizer.min_lr, config.optimizer.warmup_steps, config.steps
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        starts = batch_starts(len(self.train_tokens), config.model.context_length, config.batch_size, config.seed, step)
+        parts = np.split(starts[strategy.rank :: strategy.world_size], config.microbatches)
+        total = torch.zeros((), device=strategy.device)
+        for number, part in enumerate(parts, start=1):
+            inputs, targets = windows_at(self.train_tokens, part, config.model.context_length, strategy.device)
+            with strategy.accumulate(self.model, last=number == len(parts)):
+                with self._autocast():
+                    loss = cross_entropy(self.model(inputs), targets) / len(parts)
+                loss.backward()
+            total += loss.detach()
+        return lr, total, strategy.step(self.model, self.optimizer, config.optimizer.max_grad_norm)
+
+    def _resolve(self, pending: list[tuple[int, float, Tensor, Tensor]], elapsed: float) -> list[dict[str, float]]:
+        """Fetch the numbers of the steps since the last time, in one transfer; `elapsed` seconds went by."""
+        started = time.perf_counter()
+        losses = self.strategy.reduce_mean(torch.stack([loss for _, _, loss, _ in pending])).tolist()
+        norms = torch.stack([norm for *_, norm in pending]).tolist()
+        elapsed += time.perf_counter() - started
+        tokens_per_step = self.config.batch_size * self.config.model.context_length
+        records = []
+        for (step, lr, *_), loss, norm in zip(pending, losses, norms, strict=True):
+            self.seconds += elapsed / len(pending)
+            if not np.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {step}, with learning rate {lr:.2e}: training has diverged; "
+                    "lower optimizer.lr, or lengthen optimizer.warmup_steps, and start a new run"
+                )
+            records.append(
+                {
+                    "step": step,
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "tokens": step * tokens_per_step,
+                    "seconds": round(self.seconds, 3),
+                    "tokens_per_second": round(len(pending) * tokens_per_step / elapsed, 1),
+                }
+            )
+        return records
+
+    def evaluate(self) -> float:
+        """The mean loss over consecutive windows of the validation file."""
+        config = self.config
+        with self._autocast():
+            return evaluate(
+                self.model,
+                self.valid_tokens,
+                config.model.context_length,
+                config.batch_size // config.microbatches,
+                config.eval_windows,
+                self.strategy,
+            )
+
+    def _save(self, step: int) -> None:
+        path = checkpoint_path(self.config.run, step)
+        self.strategy.save(path, self.model, self.optimizer, step, seconds=self.seconds, rng=torch.get_rng_state())
+        if self.strategy.rank == 0:
+            for old in checkpoints(self.config.run)[: -self.config.keep_checkpoints]:
+                old.unlink()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.strategy.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    tokens: npt.NDArray[np.integer],
+    context_length: int,
+    batch_size: int,
+    max_windows: int | None = None,
+    strategy: Strategy | None = None,
+) -> float:
+    """The mean loss per token, in nats, over consecutive windows from the start of `tokens`.
+
+    Args:
+        max_windows: how many windows; None for all that fit.
+    """
+    strategy = strategy or SingleDevice("cpu")
+    count = (len(tokens) - 1) // context_length
+    count = min(count, max_windows or count)
+    starts = np.arange(count) * context_length
+    mine = starts[strategy.rank :: strategy.world_size]
+    total = torch.zeros((), device=strategy.device)
+    was_training = model.training
+    model.eval()
+    for begin in range(0, len(mine), batch_size):
+        inputs, targets = windows_at(tokens, mine[begin : begin + batch_size], context_length, strategy.device)
+        total += cross_entropy(model(inputs), targets).float() * len(inputs)
+    model.train(was_training)
+    return (strategy.reduce_mean(total) * strategy.world_size / count).item()
+
+
+def batch_starts(num_tokens: int, context_length: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:
+    """Where the windows of a step begin: uniform, and a function of the seed and the step alone."""
+    return np.random.default_rng((seed, step)).integers(num_tokens - context_length, size=batch_size)
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}.pt"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob("step_????????.pt"))
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    return next(reversed(checkpoints(run)), None)
+
+
+def config_to_json(config: TrainConfig) -> dict[str, Any]:
+    """The configuration with paths as strings."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def read_model_config(run: Path) -> ModelConfig:
+    """The shape of the model that was trained in a run's folder."""
+    path = run / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} is no run: it has no config.json; train a model first")
+    stored = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]
+    return ModelConfig(**{item.name: stored[item.name] for item in fields(ModelConfig) if item.name in stored})
+
+
+def _tokenizer_files(config: TrainConfig) -> list[Path]:
+    """The files of the run's tokenizer, if there are any, once its vocabulary is known to be the model's."""
+    folder = config.tokenizer or config.train_data.parent
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    missing = [path for path in files if not path.is_file()]
+    if missing and config.tokenizer:
+        raise FileNotFoundError(f"there is no {missing[0]}; name the folder that `cs336-basics train-bpe` wrote")
+    if missing:
+        return []
+    size = len(load_vocab(files[0]))
+    if size != config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {size} tokens, but the model's vocab_size is {config.model.vocab_size}; "
+            "make them equal"
+        )
+    return files
+
+
+def _check_same_configuration(config: TrainConfig) -> None:
+    """A folder holds one run: refuse to resume it with another configuration."""
+    path = config.run / "config.json"
+    if not path.exists():
+        return
+    stored, asked = json.loads(path.read_text(encoding="utf-8"))["config"], config_to_json(config)
+    different = [f"{name} was {stored.get(name)}, now {asked[name]}" for name in asked.keys() - MAY_CHANGE
+                 if stored.get(name) != asked[name]]  # fmt: skip
+    if different:
+        raise ValueError(
+            f"{config.run} holds a run of another configuration ({'; '.join(sorted(different))}); "
+            "choose another folder with --run, or delete it to start anew"
+        )

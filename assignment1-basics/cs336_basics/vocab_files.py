@@ -1,0 +1,72 @@
+"""GPT-2's file format for vocabularies and merges: `vocab.json` and `merges.txt`.
+
+Tokens are bytes, but the files are text, so every byte is written as one printable character: those that
+are printable in Latin-1 as themselves, the others as the characters from U+0100 on (a space is "Ġ").
+"""
+
+import json
+import os
+from pathlib import Path
+
+from cs336_basics.bpe import Merges, Vocab
+
+_PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_TO_TEXT = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
+_TO_BYTE = {char: byte for byte, char in _TO_TEXT.items()}
+
+
+def token_to_text(token: bytes) -> str:
+    """`b" caf\\xc3\\xa9"` -> `"ĠcafÃ©"`."""
+    return token.decode("latin-1").translate(_TO_TEXT)
+
+
+def text_to_token(text: str) -> bytes:
+    """The inverse of `token_to_text`; a special token's characters outside the alphabet stand for themselves."""
+    if all(char in _TO_BYTE for char in text):
+        return bytes(_TO_BYTE[char] for char in text)
+    return text.encode()
+
+
+def save_vocab(vocab: Vocab, path: str | os.PathLike[str]) -> None:
+    """Write `{token text: id}` as JSON."""
+    table = {token_to_text(token): id for id, token in vocab.items()}
+    Path(path).write_text(json.dumps(table, ensure_ascii=False, indent=0), encoding="utf-8")
+
+
+def load_vocab(path: str | os.PathLike[str]) -> Vocab:
+    """Read `{token text: id}`.
+
+    Raises:
+        ValueError: the file is not a JSON object of that form.
+    """
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not all(isinstance(id, int) for id in table.values()):
+            raise ValueError("its values are not all whole numbers")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{path} is not a vocabulary, a JSON object like {{"Ġthe": 262}}: {error}') from None
+    return {id: text_to_token(text) for text, id in table.items()}
+
+
+def save_merges(merges: Merges, path: str | os.PathLike[str]) -> None:
+    """Write a version line, then one merge a line: the two tokens with a space between."""
+    lines = ["#version: 0.2", *(f"{token_to_text(left)} {token_to_text(right)}" for left, right in merges)]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def load_merges(path: str | os.PathLike[str]) -> Merges:
+    """Read merges, with or without the version line.
+
+    Raises:
+        ValueError: a line is not two tokens with a space between; the message names the line.
+    """
+    merges = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(f"{path}, line {number}: expected two tokens with a space between, found {line!r}")
+        merges.append((text_to_token(pair[0]), text_to_token(pair[1])))
+    return merges
