@@ -253,7 +253,7 @@ Command = (
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; what a user got wrong is one line and exit status 2."""
     try:
-        command: Any = tyro.cli(Command, prog="cs336-basics", args=args, config=(OmitArgPrefixes,))  # type: ignore[arg-type]
+        command: Any = tyro.cli(Command, prog="cs336-basics", args=args, config=(OmitArgPrefixes,))
         command.execute()
     except KeyboardInterrupt:
         _fail("interrupted; a training run resumes when the same command is run again", status=130)

@@ -8,6 +8,9 @@ from typing import IO, Any, BinaryIO
 
 import numpy.typing as npt
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
 from cs336_basics.bpe import train_bpe
 from cs336_basics.checkpoint import load_checkpoint, save_checkpoint
 from cs336_basics.data import get_batch
@@ -25,8 +28,6 @@ from cs336_basics.model import (
 from cs336_basics.nn_utils import clip_gradient, cross_entropy, silu, softmax
 from cs336_basics.optimizer import AdamW, get_cosine_lr
 from cs336_basics.tokenizer import Tokenizer
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
 
 def run_linear(
