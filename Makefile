@@ -21,10 +21,12 @@ demo: $(BASICS)/.venv/.synced ## train a tokenizer and a language model in minut
 	@cd $(BASICS) && $(RUN) cs336-basics demo $(if $(DATA),--data "$(abspath $(DATA))")
 
 test: setup ## run the CPU tests of every package
+	@$(BASICS)/.venv/bin/python -m pytest -q tools/tests
 	@for package in $(PACKAGES); do (cd $$package && $(RUN) pytest -q) || exit 1; done
 
 lint: setup .venv/.synced ## check style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	@.venv/bin/mypy --config-file pyproject.toml tools/course_tests.py
 	@for package in $(PACKAGES); do \
 	  (cd $$package && ../.venv/bin/mypy --config-file ../pyproject.toml --python-executable .venv/bin/python \
 	    $$(ls -d cs336_* benchmarks experiments 2>/dev/null)) || exit 1; done
@@ -33,7 +35,7 @@ format: .venv/.synced ## format the code, mend what can be mended
 	@.venv/bin/ruff format --quiet . && .venv/bin/ruff check --fix .
 
 course-tests: setup ## run the course's own tests: COURSE=path of a checkout of one of its assignments
-	@$(BASICS)/.venv/bin/python tools/course_tests.py "$(COURSE)"
+	@$(BASICS)/.venv/bin/python tools/course_tests.py "$(COURSE)" $(ARGS)
 
 data-tinystories: $(BASICS)/.venv/.synced ## download TinyStories (2.2 GB) into assignment1-basics/data/tinystories
 	@cd $(BASICS) && $(RUN) python -m cs336_basics.download tinystories

@@ -1,13 +1,14 @@
 """Checkpoints: model, optimizer and step in one file, complete or absent."""
 
+import io
 import os
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch import nn
 
-Destination = str | os.PathLike[str] | BinaryIO | IO[bytes]
+Destination = str | os.PathLike[str] | IO[bytes] | io.BufferedIOBase
 
 
 def save_checkpoint(

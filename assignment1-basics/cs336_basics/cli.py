@@ -132,10 +132,7 @@ class Train:
     def execute(self) -> None:
         config = self.config
         latest = train(config)
-        if latest:
-            print(
-                f"step {config.steps}: training loss {latest['loss']:.4f}, validation loss {latest['valid_loss']:.4f}"
-            )
+        print(f"step {config.steps}: training loss {latest['loss']:.4f}, validation loss {latest['valid_loss']:.4f}")
         plot_loss(config.run, config.run / "loss.png")
         print(f"written: {config.run}/ (metrics.jsonl, loss.png, checkpoints/)")
 

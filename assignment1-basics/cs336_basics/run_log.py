@@ -44,9 +44,9 @@ class RunLog:
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
         self._wandb = _start_wandb(wandb_project, folder, config) if wandb_project else None
-        self._latest: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
         for record in kept:
-            self._latest |= record
+            self.latest |= record
 
         self.console = Console(stderr=True)
         self._progress = Progress(
@@ -79,18 +79,18 @@ class RunLog:
         """Append records, each with its "step", and show the latest."""
         for record in records:
             self._file.write(json.dumps(record) + "\n")
-            self._latest |= record
+            self.latest |= record
             if self._wandb:
                 self._wandb.log(
                     {key: value for key, value in record.items() if key != "step"}, step=int(record["step"])
                 )
         self._file.flush()
-        self._progress.update(self._task, completed=self._latest.get("step", 0), metrics=self._line())
+        self._progress.update(self._task, completed=self.latest.get("step", 0), metrics=self._line())
 
     def show_line(self) -> None:
         """Where there is no terminal to update (a log file, CI), print the state as a line of its own."""
         if not self.console.is_terminal:
-            self.console.print(f"step {self._latest['step']:.0f}  {self._line()}", highlight=False, soft_wrap=True)
+            self.console.print(f"step {self.latest['step']:.0f}  {self._line()}", highlight=False, soft_wrap=True)
 
     def _line(self) -> str:
         shown = [
@@ -99,9 +99,7 @@ class RunLog:
             ("lr", "lr", "{:.1e}"),
             ("tokens_per_second", "tok/s", "{:,.0f}"),
         ]
-        return "  ".join(
-            f"{label} {form.format(self._latest[key])}" for key, label, form in shown if key in self._latest
-        )
+        return "  ".join(f"{label} {form.format(self.latest[key])}" for key, label, form in shown if key in self.latest)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ data-parallel ones replace it without a change to the loop.
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from cs336_basics.checkpoint import read_checkpoint, restore, save_checkpoint
 from cs336_basics.nn_utils import clip_gradient
 
 
+@runtime_checkable
 class Strategy(Protocol):
     """What the training loop asks of its surroundings. A process is one of `world_size`, number `rank`."""
 

@@ -196,7 +196,7 @@ class _Loop:
 
     def run(self, start: int, log: RunLog | None) -> dict[str, float]:
         config = self.config
-        latest: dict[str, float] = {}
+        latest = dict(log.latest) if log else {}
         pending: list[tuple[int, float, Tensor, Tensor]] = []  # step, learning rate, loss, gradient norm
         clock = time.perf_counter()
         try:

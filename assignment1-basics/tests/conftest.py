@@ -1,0 +1,10 @@
+"""Settings for all tests."""
+
+import os
+
+# The tensors here are tiny: threads would only wait for each other. Subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+torch.set_num_threads(1)
