@@ -6,13 +6,14 @@ from pathlib import Path
 from cs336_basics.pretokenization import read_text
 
 END_OF_TEXT = "<|endoftext|>"
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_bundled", "pydoc_data"}
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_bundled"}
+_TABLES = {"encodings", "pydoc_data"}  # hardly code
 
 
 def write_standard_library(train_path: Path, valid_path: Path, valid_every: int = 20) -> tuple[int, int]:
     """Write the standard library's modules as documents, every twentieth into the validation file.
 
-    Tests, installed packages and files that are not UTF-8 are left out.
+    Tests, installed packages, tables of characters and files that are not UTF-8 are left out.
 
     Returns:
         The number of training and validation documents.
@@ -21,7 +22,11 @@ def write_standard_library(train_path: Path, valid_path: Path, valid_every: int 
         FileNotFoundError: this Python comes without the sources of its library.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in sorted(library.rglob("*.py")) if not _SKIPPED & set(path.relative_to(library).parts)]
+    paths = [
+        path
+        for path in sorted(library.rglob("*.py"))
+        if not (_SKIPPED | _TABLES) & set(path.relative_to(library).parts)
+    ]
     documents = [text for path in paths if (text := _read(path))]
     if sum(map(len, documents)) < 1_000_000:
         raise FileNotFoundError(

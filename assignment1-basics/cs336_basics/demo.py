@@ -47,7 +47,7 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig) -> None:
     """Build a corpus, train a tokenizer and a model on it, and let the model speak."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     run = config.run or Path("runs") / (f"demo-{config.data.stem}" if config.data else "demo")
     tokenizer = _prepare(config, run, console)
 
@@ -88,7 +88,7 @@ def run_demo(config: DemoConfig) -> None:
         ("loss.png", "the loss curve"),
         ("checkpoints/", "the model"),
     ):
-        console.print(f"  {escape(str(run / path)):<32} {what}", soft_wrap=True)
+        console.print(f"  {escape(str(run / path)):<32} {what}")
     console.print(
         f"""
 [bold]What to run next[/bold], in assignment1-basics/

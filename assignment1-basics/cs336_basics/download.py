@@ -16,15 +16,22 @@ from huggingface_hub.errors import HfHubHTTPError
 
 @dataclass(frozen=True)
 class Source:
-    """Files of a data set on the Hugging Face Hub."""
+    """Files of a data set on the Hugging Face Hub: for training, then for validation."""
 
     repository: str
-    files: tuple[str, ...]
+    files: tuple[str, str]
+    vocab_size: int
+    preset: str
 
 
 SOURCES = {
-    "tinystories": Source("roneneldan/TinyStories", ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")),
-    "owt": Source("stanford-cs336/owt-sample", ("owt_train.txt.gz", "owt_valid.txt.gz")),
+    "tinystories": Source(
+        "roneneldan/TinyStories",
+        ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"),
+        10_000,
+        "tinystories-17m",
+    ),
+    "owt": Source("stanford-cs336/owt-sample", ("owt_train.txt.gz", "owt_valid.txt.gz"), 32_000, "owt"),
 }
 
 
@@ -65,10 +72,20 @@ def main() -> None:
     parser.add_argument("name", choices=sorted(SOURCES))
     parser.add_argument("--folder", type=Path, help="where to; default: data/NAME")
     arguments = parser.parse_args()
+    folder = arguments.folder or Path("data") / arguments.name
     try:
-        download(arguments.name, arguments.folder or Path("data") / arguments.name)
+        train, valid = download(arguments.name, folder)
     except (ConnectionError, gzip.BadGzipFile, EOFError) as error:
         raise SystemExit(f"cs336-basics: {error}") from None
+    source, run = SOURCES[arguments.name], "uv run --no-sync cs336-basics"
+    print(
+        f"""
+What to run next, in assignment1-basics/:
+  {run} train-bpe {train} -o {folder} --vocab-size {source.vocab_size}
+  {run} tokenize {train} -o {folder}/train.npy --tokenizer {folder}
+  {run} tokenize {valid} -o {folder}/valid.npy --tokenizer {folder}
+  {run} train {source.preset} --train-data {folder}/train.npy --valid-data {folder}/valid.npy"""
+    )
 
 
 if __name__ == "__main__":

@@ -13,14 +13,14 @@ def silu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
-    """exp(x) / Σ exp(x) along `dim`. Subtracting the maximum changes nothing but keeps exp finite."""
-    exp = torch.exp(x - x.amax(dim, keepdim=True))
+    """exp(x) / Σ exp(x) along `dim`."""
+    exp = torch.exp(_below_zero(x, dim))
     return exp / exp.sum(dim, keepdim=True)
 
 
 def log_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     """The logarithm of `softmax`, without taking the logarithm of a number that may have rounded to 0."""
-    shifted = x - x.amax(dim, keepdim=True)
+    shifted = _below_zero(x, dim)
     return shifted - shifted.exp().sum(dim, keepdim=True).log()
 
 
@@ -31,9 +31,18 @@ def cross_entropy(inputs: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*
     """
     if inputs.dtype in (torch.float16, torch.bfloat16):
         inputs = inputs.float()
-    shifted = inputs - inputs.amax(-1, keepdim=True)
+    shifted = _below_zero(inputs, -1)
     target_logits = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return (shifted.exp().sum(-1).log() - target_logits).mean()
+
+
+def _below_zero(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
+    """x less its maximum, which changes no probability but keeps exp finite.
+
+    The maximum is detached: its gradients cancel. Autograd would share them out among the entries that equal
+    it, and a compiler that recomputes x in another precision may find none, which gives 0/0.
+    """
+    return x - x.detach().amax(dim, keepdim=True)
 
 
 @torch.no_grad()

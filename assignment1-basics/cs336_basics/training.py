@@ -6,8 +6,10 @@ was never interrupted, and so does a run on more processes.
 """
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,7 +180,8 @@ def train(
         return loop.run(start, log=None)
     with RunLog(config.run, config.steps, start, config.wandb_project, config_to_json(config)) as log:
         if start:
-            log.console.print(f"resuming from {resume_from}" if start < config.steps else f"{config.run} is complete")
+            state = f"resuming from {resume_from}" if start < config.steps else f"{config.run} is complete"
+            log.console.print(state, soft_wrap=True)
         return loop.run(start, log)
 
 
@@ -194,6 +197,9 @@ class _Loop:
     valid_tokens: npt.NDArray[np.integer]
     seconds: float  # spent on steps so far, resumed ones included
 
+    def __post_init__(self) -> None:
+        self.loss = torch.compile(cross_entropy) if self.config.compile else cross_entropy
+
     def run(self, start: int, log: RunLog | None) -> dict[str, float]:
         config = self.config
         latest = dict(log.latest) if log else {}
@@ -208,10 +214,13 @@ class _Loop:
                 if not (evaluate_now or checkpoint_now or step % config.log_every == 0):
                     continue
                 records = self._resolve(pending, time.perf_counter() - clock)
-                latest |= records[-1]
                 pending = []
+                finite = list(takewhile(lambda record: math.isfinite(record["loss"]), records))
                 if log:
-                    log.write(records)
+                    log.write(finite)
+                if len(finite) < len(records):
+                    raise _diverged(records[len(finite)])
+                latest |= records[-1]
                 if evaluate_now:
                     latest["valid_loss"] = self.evaluate()
                     if log:
@@ -244,7 +253,7 @@ class _Loop:
             inputs, targets = windows_at(self.train_tokens, part, config.model.context_length, strategy.device)
             with strategy.accumulate(self.model, last=number == len(parts)):
                 with self._autocast():
-                    loss = cross_entropy(self.model(inputs), targets) / len(parts)
+                    loss = self.loss(self.model(inputs), targets) / len(parts)
                 loss.backward()
             total += loss.detach()
         return lr, total, strategy.step(self.model, self.optimizer, config.optimizer.max_grad_norm)
@@ -259,11 +268,6 @@ class _Loop:
         records = []
         for (step, lr, *_), loss, norm in zip(pending, losses, norms, strict=True):
             self.seconds += elapsed / len(pending)
-            if not np.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step}, with learning rate {lr:.2e}: training has diverged; "
-                    "lower optimizer.lr, or lengthen optimizer.warmup_steps, and start a new run"
-                )
             records.append(
                 {
                     "step": step,
@@ -299,6 +303,13 @@ class _Loop:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.strategy.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+
+def _diverged(record: dict[str, float]) -> FloatingPointError:
+    return FloatingPointError(
+        f"the loss is {record['loss']} at step {record['step']}, with learning rate {record['lr']:.2e}: training has "
+        "diverged; lower optimizer.lr, or lengthen optimizer.warmup_steps, and start a new run"
+    )
 
 
 @torch.no_grad()

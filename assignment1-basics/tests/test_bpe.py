@@ -200,10 +200,8 @@ def test_special_tokens_contribute_nothing_even_when_they_are_most_of_the_text(c
 
 
 def test_carriage_returns_are_kept(corpus):
-    corpus.write_bytes(b"a\r\n\r\nb" * 50)
-    merges = train_bpe(corpus, 300)[1]
-    assert merges == train_by_recounting({b"a": 50, b"b": 50, b"\r\n\r": 50, b"\n": 50}, 300)[1]
-    assert b"\r\n\r" in train_bpe(corpus, 300)[0].values()
+    corpus.write_bytes(b"a\r\n\r\n1" * 50)
+    assert train_bpe(corpus, 300)[1] == [(b"\r", b"\n"), (b"\r\n", b"\r")]
 
 
 def test_repeated_special_tokens_count_once(corpus):

@@ -15,9 +15,21 @@ from cs336_basics.runs import load_tokenizer
 
 COMMANDS = ["train-bpe", "tokenize", "train", "generate", "accounting", "demo"]
 SHAPE = ["--vocab-size", "300", "--context-length", "16", "--d-model", "16", "--num-layers", "1", "--num-heads", "2"]
-SHORT = (
-    ["--steps", "6", "--batch-size", "2", "--eval-every", "3", "--checkpoint-every", "3", "--device", "cpu", "--precision", "float32", "--no-compile"]
-)
+SHORT = [
+    "--steps",
+    "6",
+    "--batch-size",
+    "2",
+    "--eval-every",
+    "3",
+    "--checkpoint-every",
+    "3",
+    "--device",
+    "cpu",
+    "--precision",
+    "float32",
+    "--no-compile",
+]
 
 
 @pytest.fixture

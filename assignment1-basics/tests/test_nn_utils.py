@@ -73,3 +73,16 @@ def test_clipping_equals_torch(max_norm, dtype):
 
 def test_clipping_nothing():
     assert clip_gradient([torch.nn.Parameter(torch.zeros(2))], 1.0) == 0
+
+
+@pytest.mark.parametrize("function", [softmax, log_softmax, lambda x: cross_entropy(x, torch.tensor([0, 1]))])
+def test_no_gradient_flows_through_the_maximum(function):
+    """It would cancel in exact arithmetic, but became NaN in a compiled bfloat16 model on a GPU."""
+    nodes = [function(torch.randn(2, 3, requires_grad=True)).grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [after for after, _ in node.next_functions if after]
+    assert any("Exp" in name for name in seen)
+    assert not any("max" in name.lower() for name in seen)

@@ -273,7 +273,9 @@ def test_impossible_configurations_are_refused(config):
 def test_divergence_stops_the_run(config):
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+, .* lower optimizer.lr"):
         options = dataclasses.replace(config.optimizer, lr=1e30, warmup_steps=0)
-        train(dataclasses.replace(config, optimizer=options, steps=200, checkpoint_every=500))
+        train(dataclasses.replace(config, optimizer=options, steps=200, checkpoint_every=500, log_every=100))
+    assert all(np.isfinite(record["loss"]) for record in read_metrics(config.run / "metrics.jsonl"))
+    assert read_metrics(config.run / "metrics.jsonl")[0]["step"] == 1
 
 
 def test_the_tokenizer_travels_with_the_run(config, data, tmp_path):

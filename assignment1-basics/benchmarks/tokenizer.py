@@ -1,0 +1,135 @@
+"""Tokenizer training and encoding beside Hugging Face tokenizers and tiktoken, on the same texts in one run.
+
+    uv run --no-sync python -m benchmarks.tokenizer TEXT [TEXT ...] --gpt2 FOLDER
+
+Every candidate is timed from a fresh object, so that caches start empty. `--gpt2` names a folder with
+gpt2_vocab.json and gpt2_merges.txt; tiktoken takes its own copy of GPT-2's vocabulary (TIKTOKEN_CACHE_DIR).
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tiktoken
+from tokenizers import ByteLevelBPETokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+from benchmarks.harness import interleaved, write_result
+from cs336_basics.bpe import train_bpe
+from cs336_basics.corpus import END_OF_TEXT
+from cs336_basics.tokenizer import Tokenizer
+
+
+def train_hugging_face(path: Path, vocab_size: int) -> None:
+    tokenizer = HuggingFaceTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(path)], trainer)
+
+
+def training_rows(path: Path, vocab_size: int, repeats: int) -> list[dict]:
+    candidates = {
+        "cs336_basics": lambda: train_bpe(path, vocab_size, [END_OF_TEXT]),
+        "tokenizers": lambda: train_hugging_face(path, vocab_size),
+    }
+    return [
+        {
+            "job": "train",
+            "text": path.name,
+            "megabytes": path.stat().st_size / 1e6,
+            "vocab": vocab_size,
+            "who": who,
+            **row,
+        }
+        for who, row in interleaved(candidates, repeats).items()
+    ]
+
+
+def start_up_row(path: Path, repeats: int) -> dict:
+    """The course's speed check, with everything: a new Python process trains on 130 kB to a vocabulary of 500."""
+    small = Path("data") / "130kB.txt"
+    small.parent.mkdir(exist_ok=True)
+    small.write_bytes(path.read_bytes()[:130_000].decode(errors="ignore").encode())
+    program = f"from cs336_basics.bpe import train_bpe; train_bpe({str(small)!r}, 500, ['{END_OF_TEXT}'])"
+    timed = interleaved({"process": lambda: subprocess.run([sys.executable, "-c", program], check=True)}, repeats)
+    return {
+        "job": "train, new process",
+        "text": "130 kB of it",
+        "vocab": 500,
+        "who": "cs336_basics",
+        **timed["process"],
+    }
+
+
+def encoding_rows(path: Path, gpt2: Path, megabytes: float, repeats: int) -> list[dict]:
+    text = path.read_bytes()[: int(megabytes * 1e6)].decode(errors="ignore")
+    documents = text.split(END_OF_TEXT)
+    vocab, merges = gpt2 / "gpt2_vocab.json", gpt2 / "gpt2_merges.txt"
+    cores = os.cpu_count() or 1
+
+    def tiktoken_encoding() -> tiktoken.Encoding:
+        reference = tiktoken.get_encoding("gpt2")
+        return tiktoken.Encoding(
+            "fresh",
+            pat_str=reference._pat_str,
+            mergeable_ranks=reference._mergeable_ranks,
+            special_tokens=reference._special_tokens,
+        )
+
+    def fresh() -> dict:
+        ours = Tokenizer.from_files(vocab, merges, [END_OF_TEXT])
+        reference = tiktoken_encoding()
+        theirs = ByteLevelBPETokenizer(str(vocab), str(merges))
+        lines = text.splitlines(keepends=True)
+        return {
+            "cs336_basics encode": lambda: ours.encode(text),
+            "tiktoken encode": lambda: reference.encode(text, allowed_special={END_OF_TEXT}),
+            "tokenizers encode, a document each": lambda: [theirs.encode(document) for document in documents],
+            "cs336_basics encode_iterable": lambda: sum(1 for _ in ours_again.encode_iterable(lines)),
+            f"cs336_basics encode_batch, {cores} processes": lambda: ours.encode_batch(documents, cores),
+            f"tiktoken encode_batch, {cores} threads": lambda: reference.encode_ordinary_batch(
+                documents, num_threads=cores
+            ),
+            f"tokenizers encode_batch, {cores} threads": lambda: theirs.encode_batch(documents),
+        }
+
+    ours_again = Tokenizer.from_files(vocab, merges, [END_OF_TEXT])
+    assert ours_again.encode(text) == tiktoken_encoding().encode(text, allowed_special={END_OF_TEXT})
+    ours_again._words.clear()
+    timings: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        ours_again._words.clear()
+        for who, row in interleaved(fresh(), 1).items():
+            timings.setdefault(who, []).append(row["median_s"])
+    size = len(text.encode()) / 1e6
+    rows = []
+    for who, taken in timings.items():
+        median = sorted(taken)[len(taken) // 2]
+        rows.append({"job": "encode", "text": path.name, "megabytes": size, "who": who,
+                     "median_s": median, "min_s": min(taken), "max_s": max(taken), "MB_per_s": size / median})  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", nargs="+", type=Path)
+    parser.add_argument("--gpt2", type=Path, required=True)
+    parser.add_argument("--megabytes", type=float, default=10, help="how much of a text to encode")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    rows = [start_up_row(arguments.texts[0], arguments.repeats)]
+    for path in arguments.texts:
+        rows += training_rows(path, 32_000 if path.stat().st_size > 50e6 else 10_000, arguments.repeats)
+        rows += encoding_rows(path, arguments.gpt2, arguments.megabytes, arguments.repeats)
+    write_result("benchmark_tokenizer", "tokenizer training and encoding beside tokenizers and tiktoken", rows)
+
+
+if __name__ == "__main__":
+    main()
