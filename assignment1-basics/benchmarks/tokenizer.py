@@ -10,6 +10,7 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tiktoken
@@ -35,7 +36,7 @@ def train_hugging_face(path: Path, vocab_size: int) -> None:
 
 
 def training_rows(path: Path, vocab_size: int, repeats: int) -> list[dict]:
-    candidates = {
+    candidates: dict[str, Callable[[], object]] = {
         "cs336_basics": lambda: train_bpe(path, vocab_size, [END_OF_TEXT]),
         "tokenizers": lambda: train_hugging_face(path, vocab_size),
     }
@@ -112,8 +113,14 @@ def encoding_rows(path: Path, gpt2: Path, megabytes: float, repeats: int) -> lis
     rows = []
     for who, taken in timings.items():
         median = sorted(taken)[len(taken) // 2]
-        rows.append({"job": "encode", "text": path.name, "megabytes": size, "who": who,
-                     "median_s": median, "min_s": min(taken), "max_s": max(taken), "MB_per_s": size / median})  # fmt: skip
+        row: dict[str, str | float] = {
+            "job": "encode",
+            "text": path.name,
+            "megabytes": size,
+            "who": who,
+            "median_s": median,
+        }
+        rows.append({**row, "min_s": min(taken), "max_s": max(taken), "MB_per_s": size / median})
     return rows
 
 

@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,33 +19,22 @@ from torch.nn import functional as F
 
 from benchmarks.harness import write_result
 from cs336_basics.accounting import training_flops
-from cs336_basics.model import BasicsTransformerLM, ModelConfig
+from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
 from cs336_basics.nn_utils import clip_gradient, cross_entropy
 from cs336_basics.optimizer import AdamW
 from cs336_basics.presets import MODELS
 
 
-def our_step(config: ModelConfig, device: str, compiled: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    model = BasicsTransformerLM.from_config(config).to(device)
-    optimizer = AdamW(model.parameters())
-    if compiled:
-        model.compile()
-
-    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = cross_entropy(model(x), y)
-        loss.backward()
-        clip_gradient(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return step
+def ours(config: ModelConfig, causal_attention: CausalAttention | None = None) -> tuple:
+    model = BasicsTransformerLM.from_config(config, causal_attention=causal_attention)
+    return model, model, cross_entropy, AdamW(model.parameters()), clip_gradient
 
 
-def llama_step(
-    config: ModelConfig, device: str, compiled: bool
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def ours_with_sdpa(config: ModelConfig) -> tuple:
+    return ours(config, partial(F.scaled_dot_product_attention, is_causal=True))
+
+
+def llama(config: ModelConfig) -> tuple:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
@@ -57,17 +47,27 @@ def llama_step(
             max_position_embeddings=config.context_length,
             tie_word_embeddings=False,
         )
-    ).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=device == "cuda")
+    )
+
+    def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    optimizer = torch.optim.AdamW(model.parameters(), fused=torch.cuda.is_available())
+    return model, lambda x: model(x, use_cache=False).logits, loss_of, optimizer, torch.nn.utils.clip_grad_norm_
+
+
+def training_step(make: Callable[[ModelConfig], tuple], config: ModelConfig, device: str, compiled: bool) -> Callable:
+    model, forward, loss_of, optimizer, clip = make(config)
+    model.to(device)
     if compiled:
         model.compile()
+        loss_of = torch.compile(loss_of)
 
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            logits = model(x, use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+            loss = loss_of(forward(x), y)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        clip(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss
@@ -88,7 +88,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the result")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
     config = MODELS[arguments.preset]
     shape = (arguments.batch_size, config.context_length + 1)
     windows = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
@@ -98,14 +99,14 @@ def main() -> None:
         if device == "cuda":
             torch.cuda.synchronize()
 
-    makers = {"cs336_basics": our_step, "transformers Llama": llama_step}
+    makers = {"cs336_basics": ours, "cs336_basics, attention by PyTorch": ours_with_sdpa, "transformers Llama": llama}
     times: dict[tuple[str, bool], list[float]] = {}
     memory: dict[tuple[str, bool], float] = {}
     for compiled in [False] if arguments.eager_only else [False, True]:
-        steps = {who: make(config, device, compiled) for who, make in makers.items()}
+        steps = {who: training_step(make, config, device, compiled) for who, make in makers.items()}
         for who, step in steps.items():
-            for _ in range(3):
-                step(x, y)
+            losses = [step(x, y).item() for _ in range(3)]
+            assert losses[2] < losses[0], (who, losses)
             synchronise()
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()

@@ -8,6 +8,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
+#: A path or a binary file. `io.BytesIO` is IO[bytes] to static checkers, but not to those at run time.
 Destination = str | os.PathLike[str] | IO[bytes] | io.BufferedIOBase
 
 
@@ -28,7 +29,7 @@ def save_checkpoint(
     """
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iteration": iteration, **extra}
     if not isinstance(out, str | os.PathLike):
-        torch.save(state, out)
+        torch.save(state, out)  # type: ignore[arg-type]
         return
     path = Path(out)
     unfinished = path.with_name(path.name + ".tmp")
@@ -67,7 +68,7 @@ def read_checkpoint(src: Destination) -> dict[str, Any]:
     if isinstance(src, str | os.PathLike) and not Path(src).is_file():
         raise FileNotFoundError(f"there is no checkpoint {src}")
     try:
-        state = torch.load(src, map_location="cpu", weights_only=True)
+        state = torch.load(src, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and more for damaged files
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(

@@ -153,6 +153,8 @@ def open_tokens(path: str | os.PathLike[str], vocab_size: int) -> npt.NDArray[np
         raise FileNotFoundError(f"there is no token file {path}; make it with `cs336-basics tokenize`")
     try:
         tokens = np.load(path, mmap_mode="r") if path.suffix == ".npy" else np.memmap(path, dtype=np.uint16, mode="r")
+        if not isinstance(tokens, np.ndarray):
+            raise ValueError("it is an archive of arrays")
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} is not a readable token file ({error}); make it again with `cs336-basics tokenize`"
@@ -163,10 +165,11 @@ def open_tokens(path: str | os.PathLike[str], vocab_size: int) -> npt.NDArray[np
         )
     step = 1 << 24  # a file larger than memory is looked at in pieces
     for start in range(0, len(tokens), step):
-        greatest = int(tokens[start : start + step].max())
-        if greatest >= vocab_size:
-            raise ValueError(
-                f"{path} holds token id {greatest}, but the model's vocabulary has {vocab_size}; "
-                "give the vocabulary size of the tokenizer that made the file"
-            )
+        piece = tokens[start : start + step]
+        for token in (int(piece.min()), int(piece.max())):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"{path} holds token id {token}, but the model's vocabulary has {vocab_size}; "
+                    "give the vocabulary size of the tokenizer that made the file"
+                )
     return tokens

@@ -176,8 +176,12 @@ def _last_safe_cut(text: str, special_tokens: Sequence[str], pattern: re.Pattern
     word_end = _LAST_WORD_END.search(text, settled, end)
     if word_end:
         return word_end.start()
-    # ... and without one (Chinese, say) all pre-tokens stand but the last two: "'" + "l" may become "'ll".
-    return settled + sum(map(len, find_pretokens(text[settled:end])[:-2]))
+    # ... and without one (Chinese, say) all pre-tokens stand but the last two: "'" + "l" may become "'ll". White
+    # space must not end a chunk: what follows takes its last character, which the end of a text leaves to it.
+    pretokens = find_pretokens(text[settled:end])[:-2]
+    while pretokens and pretokens[-1].isspace():
+        pretokens.pop()
+    return settled + sum(map(len, pretokens))
 
 
 def parallel_map(

@@ -144,6 +144,8 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
+    if commit := os.environ.get("CS336_COMMIT"):  # for a copy of the code without its .git
+        return commit
     try:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(

@@ -61,13 +61,13 @@ class Tokenizer:
         special_tokens: Sequence[str] | None = None,
     ) -> "Tokenizer":
         """Load `vocab.json` and `merges.txt` in GPT-2's format, as `save` and Hugging Face write them."""
-        return cls(load_vocab(vocab_filepath), load_merges(merges_filepath), special_tokens)
+        return cls(load_vocab(vocab_filepath, special_tokens or ()), load_merges(merges_filepath), special_tokens)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `vocab.json` and `merges.txt` into `folder`, in GPT-2's format."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_vocab(self.vocab, folder / "vocab.json")
+        save_vocab(self.vocab, folder / "vocab.json", self.special_tokens)
         save_merges(self.merges, folder / "merges.txt")
 
     def encode(self, text: str) -> list[int]:
@@ -169,7 +169,10 @@ class _WordCache(dict[str, tuple[int, ...]]):
         return "".join(tokens)
 
     def merge_long(self, word: str) -> str:
-        """The same for words of any length in about linear time: a heap finds the rank, `str.split` its places."""
+        """The same in about linear time: a heap finds the rank, `str.split` all its places at once.
+
+        That is the same for merges that were learnt, where nothing joins a token before the token is made.
+        """
         heap = [self.ranks[pair] for pair in set(map(add, word, word[1:])) if pair in self.ranks]
         heapq.heapify(heap)
         while heap:

@@ -180,8 +180,8 @@ def train(
         return loop.run(start, log=None)
     with RunLog(config.run, config.steps, start, config.wandb_project, config_to_json(config)) as log:
         if start:
-            state = f"resuming from {resume_from}" if start < config.steps else f"{config.run} is complete"
-            log.console.print(state, soft_wrap=True)
+            news = f"resuming from {resume_from}" if start < config.steps else f"{config.run} is complete"
+            log.console.print(news, soft_wrap=True)
         return loop.run(start, log)
 
 

@@ -6,6 +6,7 @@ are printable in Latin-1 as themselves, the others as the characters from U+0100
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from cs336_basics.bpe import Merges, Vocab
@@ -22,31 +23,35 @@ def token_to_text(token: bytes) -> str:
 
 
 def text_to_token(text: str) -> bytes:
-    """The inverse of `token_to_text`; a special token's characters outside the alphabet stand for themselves."""
+    """The inverse of `token_to_text`; text with other characters stands for itself."""
     if all(char in _TO_BYTE for char in text):
         return bytes(_TO_BYTE[char] for char in text)
     return text.encode()
 
 
-def save_vocab(vocab: Vocab, path: str | os.PathLike[str]) -> None:
-    """Write `{token text: id}` as JSON."""
-    table = {token_to_text(token): id for id, token in vocab.items()}
+def save_vocab(vocab: Vocab, path: str | os.PathLike[str], special_tokens: Iterable[str] = ()) -> None:
+    """Write `{token text: id}` as JSON, special tokens as they are."""
+    specials = {token.encode(): token for token in special_tokens}
+    table = {specials.get(token) or token_to_text(token): id for id, token in vocab.items()}
     Path(path).write_text(json.dumps(table, ensure_ascii=False, indent=0), encoding="utf-8")
 
 
-def load_vocab(path: str | os.PathLike[str]) -> Vocab:
-    """Read `{token text: id}`.
+def load_vocab(path: str | os.PathLike[str], special_tokens: Iterable[str] = ()) -> Vocab:
+    """Read `{token text: id}`, in which special tokens stand as they are.
 
     Raises:
-        ValueError: the file is not a JSON object of that form.
+        ValueError: the file is not a JSON object of that form, or two tokens have one id.
     """
+    specials = set(special_tokens)
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
         if not all(isinstance(id, int) for id in table.values()):
             raise ValueError("its values are not all whole numbers")
+        if len(set(table.values())) < len(table):
+            raise ValueError("two of its tokens have the same id")
     except (ValueError, AttributeError) as error:
         raise ValueError(f'{path} is not a vocabulary, a JSON object like {{"Ġthe": 262}}: {error}') from None
-    return {id: text_to_token(text) for text, id in table.items()}
+    return {id: text.encode() if text in specials else text_to_token(text) for text, id in table.items()}
 
 
 def save_merges(merges: Merges, path: str | os.PathLike[str]) -> None:

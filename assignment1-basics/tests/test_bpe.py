@@ -149,8 +149,10 @@ def test_training_from_counts_equals_recounting(counts, merge_count):
 texts = st.one_of(
     st.lists(
         st.sampled_from(
-            [*("a", "b", "aa", "ab", "aab", "ba", " a", " ", "\n", "\r\n", "'ll", "12", "é", "漢字", "🙂")]
-            + [*("<|e|>", "<|", "|>", "e", "b\n")]
+            [
+                *("a", "b", "aa", "ab", "aab", "ba", " a", " ", "\n", "\r\n", "'ll", "12", "é", "漢字", "🙂"),
+                *("<|e|>", "<|", "|>", "e", "b\n"),
+            ]
         ),
         max_size=60,
     ).map("".join),

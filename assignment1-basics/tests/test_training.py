@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over_when_it_is_
     train(config)
     newest = checkpoints(config.run)[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is damaged .*; delete it to go on from the checkpoint before it"):
+    with pytest.raises(ValueError, match=r"is damaged .*; delete it to go on from the checkpoint before it"):
         train(config)
     newest.unlink()
     train(config)
@@ -271,8 +271,8 @@ def test_impossible_configurations_are_refused(config):
 
 
 def test_divergence_stops_the_run(config):
+    options = dataclasses.replace(config.optimizer, lr=1e30, warmup_steps=0)
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+, .* lower optimizer.lr"):
-        options = dataclasses.replace(config.optimizer, lr=1e30, warmup_steps=0)
         train(dataclasses.replace(config, optimizer=options, steps=200, checkpoint_every=500, log_every=100))
     assert all(np.isfinite(record["loss"]) for record in read_metrics(config.run / "metrics.jsonl"))
     assert read_metrics(config.run / "metrics.jsonl")[0]["step"] == 1
