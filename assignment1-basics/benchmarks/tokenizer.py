@@ -107,8 +107,8 @@ def encoding_rows(path: Path, gpt2: Path, megabytes: float, repeats: int) -> lis
     timings: dict[str, list[float]] = {}
     for _ in range(repeats):
         ours_again._words.clear()
-        for who, row in interleaved(fresh(), 1).items():
-            timings.setdefault(who, []).append(row["median_s"])
+        for who, timed in interleaved(fresh(), 1).items():
+            timings.setdefault(who, []).append(timed["median_s"])
     size = len(text.encode()) / 1e6
     rows = []
     for who, taken in timings.items():
