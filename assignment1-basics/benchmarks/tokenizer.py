@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 from tokenizers import ByteLevelBPETokenizer, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from benchmarks.harness import interleaved, write_result
 from cs336_basics.bpe import train_bpe
 from cs336_basics.corpus import END_OF_TEXT
+from cs336_basics.data import tokenize_file
 from cs336_basics.tokenizer import Tokenizer
 
 
@@ -124,6 +126,32 @@ def encoding_rows(path: Path, gpt2: Path, megabytes: float, repeats: int) -> lis
     return rows
 
 
+def corpus_rows(path: Path, gpt2: Path, repeats: int) -> list[dict]:
+    """The whole job: a text file into a file of uint16 token ids, on all cores."""
+    cores = os.cpu_count() or 1
+    tokenizer = Tokenizer.from_files(gpt2 / "gpt2_vocab.json", gpt2 / "gpt2_merges.txt", [END_OF_TEXT])
+    reference = tiktoken.get_encoding("gpt2")
+    destination = Path("data") / "benchmark.npy"
+
+    def with_tiktoken() -> None:
+        documents = path.read_text(encoding="utf-8").split(END_OF_TEXT)
+        end = [reference.eot_token]
+        with open(destination, "wb") as file:
+            for ids in reference.encode_ordinary_batch(documents, num_threads=cores):
+                file.write(np.array(ids + end, dtype=np.uint16).tobytes())
+
+    def with_ours() -> None:
+        tokenize_file(tokenizer, path, destination)
+
+    size = path.stat().st_size / 1e6
+    timed = interleaved({"cs336_basics tokenize": with_ours, "tiktoken encode_batch": with_tiktoken}, repeats)
+    return [
+        {"job": f"file to token file, {cores} cores", "text": path.name, "megabytes": size, "who": who, **row,
+         "MB_per_s": size / row["median_s"]}
+        for who, row in timed.items()
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="+", type=Path)
@@ -135,6 +163,7 @@ def main() -> None:
     for path in arguments.texts:
         rows += training_rows(path, 32_000 if path.stat().st_size > 50e6 else 10_000, arguments.repeats)
         rows += encoding_rows(path, arguments.gpt2, arguments.megabytes, arguments.repeats)
+        rows += corpus_rows(path, arguments.gpt2, arguments.repeats)
     write_result("benchmark_tokenizer", "tokenizer training and encoding beside tokenizers and tiktoken", rows)
 
 

@@ -7,7 +7,6 @@ repositories write them, are read too.
 
 import os
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cs336_basics.pretokenization import CHUNK_CHARS, DecodeErrors, parallel_map, read_text, safe_chunks
+from cs336_basics.pretokenization import CHUNK_CHARS, DecodeErrors, read_text, safe_chunks
 from cs336_basics.tokenizer import Tokenizer
 
 
@@ -118,22 +117,8 @@ def tokenize_file(
     chunks = safe_chunks(read_text(source, errors=errors, progress=progress), tokenizer.special_tokens, CHUNK_CHARS)
     if os.path.getsize(source) <= CHUNK_CHARS:
         num_workers = 1
-    vocab_size = max(tokenizer.vocab) + 1
-    encode = partial(_encode_chunk, dtype=np.dtype(token_dtype(vocab_size)))
-    blocks = parallel_map(encode, chunks, num_workers, _start_worker, (tokenizer,))
-    return write_tokens(destination, blocks, vocab_size)
-
-
-_tokenizer_of_worker: Tokenizer
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _tokenizer_of_worker
-    _tokenizer_of_worker = tokenizer
-
-
-def _encode_chunk(text: str, dtype: np.dtype) -> npt.NDArray[np.integer]:
-    return np.array(_tokenizer_of_worker.encode(text), dtype=dtype)
+    blocks = map(np.asarray, tokenizer.encode_parallel(chunks, num_workers))
+    return write_tokens(destination, blocks, max(tokenizer.vocab) + 1)
 
 
 def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:

@@ -8,13 +8,14 @@ is three C functions chained together (`re.findall`, `dict.__getitem__`, `chain.
 import heapq
 import os
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
 from operator import add
 from pathlib import Path
 
 from cs336_basics.bpe import Merges, Vocab
-from cs336_basics.pretokenization import find_pretokens, parallel_map, safe_chunks, special_token_pattern
+from cs336_basics.pretokenization import CHUNK_CHARS, find_pretokens, parallel_map, safe_chunks, special_token_pattern
 from cs336_basics.vocab_files import load_merges, load_vocab, save_merges, save_vocab
 
 STREAM_CHARS = 1 << 13  # characters that `encode_iterable` holds at a time
@@ -93,7 +94,12 @@ class Tokenizer:
         """`encode` each text, in `num_workers` processes."""
         if num_workers == 1:
             return [self.encode(text) for text in texts]
-        return list(parallel_map(_encode_in_worker, texts, num_workers, _start_worker, (self,)))
+        return [ids.tolist() for ids in self.encode_parallel(texts, num_workers)]
+
+    def encode_parallel(self, texts: Iterable[str], num_workers: int | None = None) -> Iterator[array]:
+        """Lazily encode texts in `num_workers` processes (default: all cores), each into an array of C ints."""
+        for group in parallel_map(_encode_in_worker, _groups(texts), num_workers, _start_worker, (self,)):
+            yield from group
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Bytes that are not UTF-8 (half a character, say) become U+FFFD."""
@@ -199,5 +205,19 @@ def _start_worker(tokenizer: Tokenizer) -> None:
     _tokenizer_of_worker = tokenizer
 
 
-def _encode_in_worker(text: str) -> list[int]:
-    return _tokenizer_of_worker.encode(text)
+def _encode_in_worker(texts: list[str]) -> list[array]:
+    return [array("I", _tokenizer_of_worker.encode(text)) for text in texts]
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Enough texts at a time to be worth sending to another process."""
+    group: list[str] = []
+    chars = 0
+    for text in texts:
+        group.append(text)
+        chars += len(text)
+        if chars >= CHUNK_CHARS:
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
