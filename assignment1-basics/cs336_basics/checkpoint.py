@@ -42,12 +42,13 @@ def save_checkpoint(
         unfinished.replace(path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        unfinished.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(
             f"cannot write checkpoint {path} ({cause}); free some space or choose another folder, "
             "then run the same command again: earlier checkpoints are untouched"
         ) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_checkpoint(src: Destination, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -132,7 +133,10 @@ class Train:
     def execute(self) -> None:
         config = self.config
         latest = train(config)
-        print(f"step {config.steps}: training loss {latest['loss']:.4f}, validation loss {latest['valid_loss']:.4f}")
+        if "loss" in latest and "valid_loss" in latest:
+            print(
+                f"step {config.steps}: training loss {latest['loss']:.4f}, validation loss {latest['valid_loss']:.4f}"
+            )
         plot_loss(config.run, config.run / "loss.png")
         print(f"written: {config.run}/ (metrics.jsonl, loss.png, checkpoints/)")
 
@@ -146,28 +150,32 @@ class Generate:
     prompt: tuple[str, ...] = ("",)
     """Texts to continue, all at once. An empty one asks for a document from its beginning."""
     interactive: bool = False
-    """Ask for prompts until an empty line or Ctrl-D."""
+    """Continue the prompt, if there is one, then ask for more until an empty line or Ctrl-D."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.8, top_p=0.95)
     """How tokens are chosen."""
     checkpoint: Path | None = None
     """A checkpoint file. Default: the latest of the run."""
     tokenizer: Path | None = None
     """Folder of the tokenizer. Default: the run's own."""
+    special_tokens: tuple[str, ...] = (END_OF_TEXT,)
+    """The tokenizer's special tokens; the first of them ends a document."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for a GPU if there is one."""
 
     def execute(self) -> None:
         model = load_model(self.run, self.device, self.checkpoint)
-        tokenizer = load_tokenizer(self.tokenizer or self.run)
+        tokenizer = load_tokenizer(self.tokenizer or self.run, self.special_tokens)
         check_vocabulary(model, tokenizer)
         if not self.interactive:
             _continue(model, tokenizer, self.prompt, self.sampling)
             return
         sampling = self.sampling
+        if any(self.prompt):
+            _continue(model, tokenizer, self.prompt, sampling)
         print("Type the beginning of a text. An empty line ends.")
         while True:
             try:
-                prompt = input("> ")
+                prompt = input("> ").encode(errors="replace").decode()
             except EOFError:
                 return
             if not prompt:
@@ -193,6 +201,8 @@ class Accounting:
     """4 for float32, 2 for bfloat16."""
 
     def execute(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, but must be at least 1")
         config = MODELS[self.model]
         if self.context_length is not None:
             config = replace(config, context_length=self.context_length)
@@ -253,11 +263,13 @@ def main(args: Sequence[str] | None = None) -> None:
         command: Any = tyro.cli(Command, prog="cs336-basics", args=args, config=(OmitArgPrefixes,))
         command.execute()
     except KeyboardInterrupt:
-        _fail("interrupted; a training run resumes when the same command is run again", status=130)
+        _fail("interrupted; training resumes when the same command is run again", status=130)
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+    except torch.OutOfMemoryError as error:
+        _fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); lower --batch-size, or raise --microbatches")
     except (ValueError, FloatingPointError) as error:
         _fail(str(error))
 
@@ -271,7 +283,7 @@ def _continue(
     model: BasicsTransformerLM, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingConfig
 ) -> None:
     """Print continuations: a single one as it comes, several one below the other."""
-    stop = tokenizer.token_to_id[END_OF_TEXT.encode()]
+    stop = tokenizer.token_to_id[tokenizer.special_tokens[0].encode()]
     prompt_ids = [tokenizer.encode(prompt) or [stop] for prompt in prompts]
     texts = list(prompts)
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]  # characters may span tokens
@@ -284,8 +296,12 @@ def _continue(
                 texts[index] += piece
                 if len(prompts) == 1:
                     print(piece, end="", flush=True)
+    for index, decoder in enumerate(decoders):
+        rest = decoder.decode(b"", final=True)  # half a character at the end
+        texts[index] += rest
+        if len(prompts) == 1:
+            print(rest)
     if len(prompts) == 1:
-        print()
         return
     for number, text in enumerate(texts, start=1):
         print(f"--- {number}\n{text}")

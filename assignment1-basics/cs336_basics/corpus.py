@@ -42,7 +42,7 @@ def write_standard_library(train_path: Path, valid_path: Path, valid_every: int 
 def split_text(source: Path, train_path: Path, valid_path: Path, max_bytes: int, valid_share: float = 0.05) -> int:
     """Split the first `max_bytes` of a text file: its last documents, or lines, are for validation.
 
-    Documents are what `<|endoftext|>` separates; in a text without it, the split is at a line's end.
+    Documents are what `<|endoftext|>` separates; where none ends in time, the split is at a line's end.
 
     Returns:
         The number of characters used.
@@ -57,10 +57,11 @@ def split_text(source: Path, train_path: Path, valid_path: Path, max_bytes: int,
         if used >= max_bytes:
             break
     target = int(len(text) * (1 - valid_share))
-    separator = END_OF_TEXT if END_OF_TEXT in text else "\n"
-    cut = text.find(separator, target)
-    cut = len(text) if cut < 0 else cut + len(separator)
-    if len(text) < 10_000 or cut == len(text):
+    ends = [
+        text.find(separator, target) + len(separator) for separator in (END_OF_TEXT, "\n") if separator in text[target:]
+    ]
+    cut = next((end for end in ends if end < len(text)), None)
+    if len(text) < 10_000 or cut is None:
         raise ValueError(
             f"{source} is too short to train and validate on ({len(text)} characters in one piece); "
             "give at least some hundred kilobytes of text in several lines"
@@ -80,5 +81,5 @@ def write_documents(path: Path, documents: list[str]) -> None:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
+    except (UnicodeDecodeError, OSError):  # a dangling link, say
         return ""

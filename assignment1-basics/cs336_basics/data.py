@@ -62,9 +62,10 @@ def windows_at(
     try:
         if torch.device(device).type == "cuda":  # pinned, so that the copy runs beside the host
             windows = windows.pin_memory()
-        windows = windows.to(device, non_blocking=True)
+        windows = windows.to(device, non_blocking=windows.is_pinned())
     except (RuntimeError, AssertionError) as error:
-        raise RuntimeError(f"cannot put a batch on device {str(device)!r}: {error}") from error
+        kind = "CUDA error: " if str(device).startswith("cuda") else ""
+        raise RuntimeError(f"{kind}cannot put a batch on device {str(device)!r}: {error}") from error
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -93,6 +94,8 @@ def write_tokens(path: str | os.PathLike[str], blocks: Iterable[npt.NDArray[np.i
             file.seek(0)
             _write_header(file, dtype, count)  # numpy pads the header so that a longer count takes no more room
         unfinished.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}); free some space or choose another folder") from error
     finally:
         unfinished.unlink(missing_ok=True)
     return count

@@ -47,6 +47,8 @@ class DemoConfig:
 
 def run_demo(config: DemoConfig) -> None:
     """Build a corpus, train a tokenizer and a model on it, and let the model speak."""
+    if config.data is not None:  # a shell that does not expand ~ may have passed it on
+        config = replace(config, data=config.data.expanduser())
     console = Console(highlight=False, soft_wrap=True)
     run = config.run or Path("runs") / (f"demo-{config.data.stem}" if config.data else "demo")
     tokenizer = _prepare(config, run, console)

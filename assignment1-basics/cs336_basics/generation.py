@@ -134,7 +134,8 @@ def choose(
     """Choose one token of each row."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = softmax(filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p))
+    below_zero = logits - logits.amax(-1, keepdim=True)  # so that no temperature is too low to divide by
+    probabilities = softmax(filter_logits(below_zero / sampling.temperature, sampling.top_k, sampling.top_p))
     return torch.multinomial(probabilities, 1, generator=rng).squeeze(-1)
 
 
@@ -147,8 +148,8 @@ def filter_logits(
     least `top_p`; it is never empty.
     """
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        inside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(top_k, dim=-1).indices, True)
+        logits = logits.masked_fill(~inside, -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = softmax(ordered)

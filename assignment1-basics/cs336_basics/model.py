@@ -52,8 +52,8 @@ class ModelConfig:
     """Ablation. Gated or plain feed-forward network."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
+        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
@@ -131,12 +131,12 @@ class RotaryEmbedding(nn.Module):
         self, context_length: int, dim: int, theta: float = 10_000.0, device: torch.device | None = None
     ) -> None:
         super().__init__()
-        frequencies = theta ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)
-        angles = torch.outer(torch.arange(context_length, device=device, dtype=torch.float64), frequencies)
+        frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles = torch.outer(torch.arange(context_length, dtype=torch.float64), frequencies)
         self.cos: Tensor
         self.sin: Tensor
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        self.register_buffer("cos", angles.cos().float().to(device), persistent=False)
+        self.register_buffer("sin", angles.sin().float().to(device), persistent=False)
 
     def forward(
         self, x: Float[Tensor, "... seq dim"], positions: Int[Tensor, "... seq"]

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import uuid
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -77,8 +78,14 @@ class RunLog:
 
     def write(self, records: list[dict[str, float]]) -> None:
         """Append records, each with its "step", and show the latest."""
+        try:
+            self._file.writelines(json.dumps(record) + "\n" for record in records)
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"cannot write {self.path} ({error.strerror}); free some space, then run the same command again"
+            ) from error
         for record in records:
-            self._file.write(json.dumps(record) + "\n")
             self.latest |= record
             if self._wandb:
                 self._wandb.log(
@@ -155,11 +162,21 @@ def _git_commit() -> str | None:
         return None  # installed outside a checkout
 
 
-def _start_wandb(project: str, folder: Path, config: dict[str, Any] | None) -> Any:
+def check_wandb(project: str) -> None:
+    """Raise a ValueError if W&B is asked for but not installed."""
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError:
         raise ValueError(
             f"W&B project {project!r} was asked for, but wandb is not installed; add it with `uv pip install wandb`"
         ) from None
-    return wandb.init(project=project, name=folder.name, id=folder.name, dir=folder, config=config, resume="allow")
+
+
+def _start_wandb(project: str, folder: Path, config: dict[str, Any] | None) -> Any:
+    check_wandb(project)
+    import wandb
+
+    kept = folder / "wandb_id.txt"  # so that a resumed run goes on in the same curve
+    if not kept.exists():
+        write_atomically(kept, uuid.uuid4().hex[:12])
+    return wandb.init(project=project, name=folder.name, id=kept.read_text(), dir=folder, config=config, resume="allow")

@@ -48,7 +48,7 @@ class Strategy(Protocol):
     def save(
         self, path: os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extra: Any
     ) -> None:
-        """Write a checkpoint; all processes call it."""
+        """Write a checkpoint, a file or a folder, that appears only when complete; all processes call it."""
         ...
 
     def load(self, path: os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

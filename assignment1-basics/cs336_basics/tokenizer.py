@@ -43,6 +43,8 @@ class Tokenizer:
     """
 
     def __init__(self, vocab: Vocab, merges: Merges, special_tokens: Sequence[str] | None = None) -> None:
+        if isinstance(special_tokens, str):
+            raise ValueError(f"special_tokens is the string {special_tokens!r}; give a list of strings")
         self.vocab = dict(vocab)
         self.merges = list(merges)
         self.special_tokens = list(dict.fromkeys(special_tokens or ()))
@@ -116,7 +118,7 @@ class Tokenizer:
             ) from None
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Vocab, Merges, list[str]]]:
-        return Tokenizer, (self.vocab, self.merges, self.special_tokens)  # worker processes build their own cache
+        return Tokenizer, (self.vocab, self.merges, self.special_tokens)  # without the cache
 
 
 class _WordCache(dict[str, tuple[int, ...]]):

@@ -7,7 +7,12 @@ was never interrupted, and so does a run on more processes.
 
 import json
 import math
+import shutil
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import takewhile
 from pathlib import Path
@@ -22,7 +27,7 @@ from cs336_basics.data import check_length, open_tokens, windows_at
 from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
 from cs336_basics.nn_utils import cross_entropy
 from cs336_basics.optimizer import AdamW, get_cosine_lr
-from cs336_basics.run_log import RunLog, environment, write_atomically
+from cs336_basics.run_log import RunLog, check_wandb, environment, write_atomically
 from cs336_basics.strategy import SingleDevice, Strategy
 from cs336_basics.vocab_files import load_vocab
 
@@ -47,6 +52,13 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this joint L2 norm."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "min_lr", "warmup_steps", "eps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}, but must be positive; inf clips nothing")
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,8 @@ class TrainConfig:
     """Send metrics to this W&B project too."""
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, but must not be negative")
         for name in (
             "steps",
             "batch_size",
@@ -145,6 +159,8 @@ def train(
     for path, tokens in ((config.train_data, train_tokens), (config.valid_data, valid_tokens)):
         check_length(tokens, config.model.context_length, str(path))
     _check_same_configuration(config)
+    if config.wandb_project:
+        check_wandb(config.wandb_project)
     tokenizer = _tokenizer_files(config)
 
     if strategy.device.type == "cuda":
@@ -169,7 +185,7 @@ def train(
         state = strategy.load(resume_from, model, optimizer)
         start, seconds = state["iteration"], state["seconds"]
         torch.set_rng_state(state["rng"])
-    if strategy.rank == 0 and not (config.run / "config.json").exists():
+    if strategy.rank == 0 and start == 0:
         record = {"config": config_to_json(config), "environment": environment(strategy.device)}
         for path in tokenizer:
             write_atomically(config.run / path.name, path.read_text(encoding="utf-8"))
@@ -204,38 +220,35 @@ class _Loop:
         config = self.config
         latest = dict(log.latest) if log else {}
         pending: list[tuple[int, float, Tensor, Tensor]] = []  # step, learning rate, loss, gradient norm
-        clock = time.perf_counter()
-        try:
+        with _deferred_interrupt(enabled=self.strategy.world_size == 1) as interrupted:
+            clock = time.perf_counter()
             for step in range(start + 1, config.steps + 1):
                 pending.append((step, *self._step(step)))
-                last = step == config.steps
+                stop_now, last = interrupted(), step == config.steps
                 evaluate_now = last or step % config.eval_every == 0
-                checkpoint_now = last or step % config.checkpoint_every == 0
+                checkpoint_now = last or stop_now or step % config.checkpoint_every == 0
                 if not (evaluate_now or checkpoint_now or step % config.log_every == 0):
                     continue
                 records = self._resolve(pending, time.perf_counter() - clock)
                 pending = []
-                finite = list(takewhile(lambda record: math.isfinite(record["loss"]), records))
+                sound = list(takewhile(_is_finite, records))
                 if log:
-                    log.write(finite)
-                if len(finite) < len(records):
-                    raise _diverged(records[len(finite)])
+                    log.write(sound)
+                if len(sound) < len(records):
+                    raise _diverged(records[len(sound)])
                 latest |= records[-1]
                 if evaluate_now:
                     latest["valid_loss"] = self.evaluate()
                     if log:
                         log.write([{"step": step, "valid_loss": latest["valid_loss"]}])
                         log.show_line()
+                    if not math.isfinite(latest["valid_loss"]):
+                        raise _diverged(latest)
                 if checkpoint_now:
                     self._save(step)
+                if stop_now:
+                    raise KeyboardInterrupt
                 clock = time.perf_counter()
-        except KeyboardInterrupt:
-            if pending:  # between two steps the state is consistent: nothing that was computed is lost
-                records = self._resolve(pending, time.perf_counter() - clock)
-                if log:
-                    log.write(records)
-                self._save(pending[-1][0])
-            raise
         return latest
 
     def _step(self, step: int) -> tuple[float, Tensor, Tensor]:
@@ -289,7 +302,7 @@ class _Loop:
                 self.model,
                 self.valid_tokens,
                 config.model.context_length,
-                config.batch_size // config.microbatches,
+                config.batch_size // (config.microbatches * self.strategy.world_size),
                 config.eval_windows,
                 self.strategy,
             )
@@ -299,16 +312,45 @@ class _Loop:
         self.strategy.save(path, self.model, self.optimizer, step, seconds=self.seconds, rng=torch.get_rng_state())
         if self.strategy.rank == 0:
             for old in checkpoints(self.config.run)[: -self.config.keep_checkpoints]:
-                old.unlink()
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.strategy.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
 
+@contextmanager
+def _deferred_interrupt(enabled: bool) -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C back until the loop asks for it between two steps; a second Ctrl-C comes through at once.
+
+    With several processes, which may be interrupted at different steps, and outside the main thread, which
+    signals do not reach, nothing is held back.
+    """
+    if not enabled or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+    previous = signal.getsignal(signal.SIGINT)
+
+    def note(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _is_finite(record: dict[str, float]) -> bool:
+    return math.isfinite(record["loss"]) and math.isfinite(record["grad_norm"])
+
+
 def _diverged(record: dict[str, float]) -> FloatingPointError:
     return FloatingPointError(
-        f"the loss is {record['loss']} at step {record['step']}, with learning rate {record['lr']:.2e}: training has "
-        "diverged; lower optimizer.lr, or lengthen optimizer.warmup_steps, and start a new run"
+        f"training has diverged at step {record['step']:.0f}: the loss is {record['loss']}, the norm of the gradient "
+        f"{record['grad_norm']}, the learning rate {record['lr']:.2e}; lower the learning rate, or lengthen the "
+        "warm-up, and start a new run"
     )
 
 
@@ -334,9 +376,10 @@ def evaluate(
     total = torch.zeros((), device=strategy.device)
     was_training = model.training
     model.eval()
-    for begin in range(0, len(mine), batch_size):
-        inputs, targets = windows_at(tokens, mine[begin : begin + batch_size], context_length, strategy.device)
-        total += cross_entropy(model(inputs), targets).float() * len(inputs)
+    for round_ in range(-(-count // (batch_size * strategy.world_size))):  # as many on every process: they may wait
+        part = mine[round_ * batch_size : (round_ + 1) * batch_size]
+        inputs, targets = windows_at(tokens, part if len(part) else starts[:1], context_length, strategy.device)
+        total += cross_entropy(model(inputs), targets).float() * len(part)
     model.train(was_training)
     return (strategy.reduce_mean(total) * strategy.world_size / count).item()
 
@@ -352,7 +395,7 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step_????????.pt"))
+    return sorted((run / "checkpoints").glob("step_????????.pt"))  # files, or folders of a sharded strategy
 
 
 def latest_checkpoint(run: Path) -> Path | None:
@@ -366,11 +409,21 @@ def config_to_json(config: TrainConfig) -> dict[str, Any]:
 
 def read_model_config(run: Path) -> ModelConfig:
     """The shape of the model that was trained in a run's folder."""
+    stored = _stored_config(run)["model"]
+    return ModelConfig(**{item.name: stored[item.name] for item in fields(ModelConfig) if item.name in stored})
+
+
+def _stored_config(run: Path) -> dict[str, Any]:
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run} is no run: it has no config.json; train a model first")
-    stored = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]
-    return ModelConfig(**{item.name: stored[item.name] for item in fields(ModelConfig) if item.name in stored})
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+        if not isinstance(config["model"], dict):
+            raise TypeError("no object")
+        return config
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged; restore it, or delete {run} to start anew") from None
 
 
 def _tokenizer_files(config: TrainConfig) -> list[Path]:
@@ -392,15 +445,25 @@ def _tokenizer_files(config: TrainConfig) -> list[Path]:
 
 
 def _check_same_configuration(config: TrainConfig) -> None:
-    """A folder holds one run: refuse to resume it with another configuration."""
-    path = config.run / "config.json"
-    if not path.exists():
+    """A folder holds one run: refuse to go on from its checkpoints with another configuration."""
+    if latest_checkpoint(config.run) is None:
         return
-    stored, asked = json.loads(path.read_text(encoding="utf-8"))["config"], config_to_json(config)
-    different = [f"{name} was {stored.get(name)}, now {asked[name]}" for name in asked.keys() - MAY_CHANGE
-                 if stored.get(name) != asked[name]]  # fmt: skip
+    stored, asked = _leaves(_stored_config(config.run)), _leaves(config_to_json(config))
+    different = [
+        f"{name} was {stored.get(name)}, now {value}"
+        for name, value in sorted(asked.items())
+        if name not in MAY_CHANGE and stored.get(name) != value
+    ]
     if different:
         raise ValueError(
-            f"{config.run} holds a run of another configuration ({'; '.join(sorted(different))}); "
+            f"{config.run} holds a run of another configuration ({'; '.join(different)}); "
             "choose another folder with --run, or delete it to start anew"
         )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves

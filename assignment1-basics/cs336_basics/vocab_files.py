@@ -33,6 +33,8 @@ def save_vocab(vocab: Vocab, path: str | os.PathLike[str], special_tokens: Itera
     """Write `{token text: id}` as JSON, special tokens as they are."""
     specials = {token.encode(): token for token in special_tokens}
     table = {specials.get(token) or token_to_text(token): id for id, token in vocab.items()}
+    if len(table) < len(vocab):
+        raise ValueError("two tokens would be written alike: a special token must not look like a byte's character")
     Path(path).write_text(json.dumps(table, ensure_ascii=False, indent=0), encoding="utf-8")
 
 

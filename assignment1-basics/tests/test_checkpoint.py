@@ -85,6 +85,16 @@ def test_another_shape_is_refused(tmp_path):
         load_checkpoint(tmp_path / "a.pt", *make(width=5))
 
 
+def test_an_interrupted_save_leaves_nothing_behind(tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cs336_basics.checkpoint.os.fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(*make(), 1, tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
     """A limit on the size of files stands in for the full disk: the write fails halfway in the same manner."""
     saved = make()

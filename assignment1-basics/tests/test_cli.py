@@ -71,16 +71,30 @@ def test_from_text_to_samples(text, tmp_path, capsys, monkeypatch):
     run("generate", "--run", tmp_path / "run", "--prompt", "The cat", "", "--max-new-tokens", 5, "--device", "cpu")
     assert capsys.readouterr().out.startswith("--- 1\nThe cat")
 
-    typed = iter(["The", "", "never read"])
+    typed = iter(["The", "\udcff", "", "never read"])
     monkeypatch.setattr("builtins.input", lambda _: next(typed))
-    run("generate", "--run", tmp_path / "run", "--interactive", "--max-new-tokens", 3, "--device", "cpu")
-    assert "The" in capsys.readouterr().out
+    options = ["--prompt", "A cat", "--interactive", "--max-new-tokens", 3, "--device", "cpu"]
+    run("generate", "--run", tmp_path / "run", *options)
+    out = capsys.readouterr().out
+    assert out.startswith("A cat")
+    assert "\nThe" in out
     assert next(typed) == "never read"
 
     other = tmp_path / "other"
     run("train-bpe", text, "-o", other, "--vocab-size", 280)
     message = fails(capsys, "generate", "--run", tmp_path / "run", "--tokenizer", other, "--device", "cpu")
     assert "the tokenizer has 280 tokens, but the model 300" in message
+
+
+def test_special_tokens_of_ones_own(text, tmp_path, capsys):
+    text.write_text(text.read_text(encoding="utf-8").replace("<|endoftext|>", "<eos>"), encoding="utf-8")
+    own = ["--special-tokens", "<eos>"]
+    run("train-bpe", text, "-o", tmp_path / "data", "--vocab-size", 300, *own)
+    run("tokenize", text, "-o", tmp_path / "data" / "t.npy", "--tokenizer", tmp_path / "data", *own)
+    files = ["--train-data", tmp_path / "data" / "t.npy", "--valid-data", tmp_path / "data" / "t.npy"]
+    run("train", "tinystories-17m", "--run", tmp_path / "run", *files, *SHAPE, *SHORT)
+    run("generate", "--run", tmp_path / "run", "--max-new-tokens", 5, "--device", "cpu", *own)
+    assert "written" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_sentence(text, tmp_path, capsys):
@@ -92,6 +106,7 @@ def test_mistakes_are_one_sentence(text, tmp_path, capsys):
         capsys, "train", "owt", "--run", tmp_path / "r", "--train-data", tmp_path / "x"
     )
     assert "is no run" in fails(capsys, "generate", "--run", tmp_path / "nowhere")
+    assert "batch_size is 0" in fails(capsys, "accounting", "gpt2-xl", "--batch-size", 0)
     (tmp_path / "bad.txt").write_bytes(b"good" * 10 + b"\xff")
     assert "byte 0xff at offset 40" in fails(capsys, "train-bpe", tmp_path / "bad.txt", "-o", tmp_path)
 
@@ -168,6 +183,11 @@ def test_demo_on_a_text(text, tmp_path, capsys):
 
 def test_demo_says_what_is_wrong_with_a_text(tmp_path, capsys):
     assert "there is no text" in fails(capsys, "demo", "--data", tmp_path / "absent.txt", "--run", tmp_path / "d")
+    for where in (100, -1):  # a document that ends too early or too late to divide the text there
+        lines = [f"line {number} of a long text\n" for number in range(1000)]
+        lines.insert(where if where > 0 else len(lines), "<|endoftext|>")
+        (tmp_path / "one.txt").write_text("".join(lines))
+        run_demo(tiny_demo(tmp_path, data=tmp_path / "one.txt", run=tmp_path / f"one{where}"))
     (tmp_path / "short.txt").write_text("too short")
     assert "is too short" in fails(capsys, "demo", "--data", tmp_path / "short.txt", "--run", tmp_path / "d")
 

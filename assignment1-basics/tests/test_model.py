@@ -272,6 +272,7 @@ def test_too_long_input_is_refused():
         ({"num_heads": 5}, "d_model 32 is not a multiple of num_heads 5"),
         ({"d_model": 12, "num_heads": 4}, "odd width 3"),
         ({"num_layers": 0}, "num_layers is 0"),
+        ({"d_ff": -5}, "d_ff is -5"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):

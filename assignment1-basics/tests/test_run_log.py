@@ -35,14 +35,18 @@ def test_resuming_drops_what_comes_again(tmp_path):
 
 
 def test_wandb_gets_a_copy_when_asked(tmp_path, monkeypatch):
-    sent, ended = [], []
+    sent, ended, opened = [], [], []
     run = SimpleNamespace(
         log=lambda values, step: sent.append((step, values)), finish=lambda exit_code: ended.append(exit_code)
     )
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: run))
+    wandb = SimpleNamespace(init=lambda **options: opened.append(options["id"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     with RunLog(tmp_path, 2, wandb_project="p") as log:
         log.write([{"step": 1, "loss": 2.0}])
     assert (sent, ended) == ([(1, {"loss": 2.0})], [0])
+    with RunLog(tmp_path, 2, wandb_project="p"), RunLog(tmp_path / "other", 2, wandb_project="p"):
+        pass
+    assert opened[0] == opened[1] != opened[2]  # a resumed run goes on in its own curve
 
 
 def test_wandb_missing_is_one_sentence(tmp_path, monkeypatch):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from cs336_basics import training
 from cs336_basics.checkpoint import read_checkpoint
 from cs336_basics.model import BasicsTransformerLM, ModelConfig
+from cs336_basics.optimizer import AdamW
 from cs336_basics.run_log import RunLog, read_metrics
 from cs336_basics.strategy import SingleDevice, resolve_device
 from cs336_basics.training import OptimizerConfig, TrainConfig, batch_starts, checkpoints, evaluate, train
@@ -185,19 +188,20 @@ def test_kill_minus_nine_at_any_moment(config, data, tmp_path, moment):
 
 def test_ctrl_c_saves_first(config, tmp_path, monkeypatch):
     train(dataclasses.replace(config, run=tmp_path / "straight"))
-    original = SingleDevice.step
+    original = AdamW.step
     steps = []
 
-    def step(self, *arguments):
-        if len(steps) == 10:
-            raise KeyboardInterrupt
+    def step(self):
         steps.append(1)
-        return original(self, *arguments)
+        if len(steps) == 10:  # in the middle of an update
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
 
-    monkeypatch.setattr(SingleDevice, "step", step)
+    monkeypatch.setattr(AdamW, "step", step)
     with pytest.raises(KeyboardInterrupt):
         train(config)
     assert checkpoints(config.run)[-1].name == "step_00000010.pt"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.undo()
     train(config)
     assert losses(config.run) == losses(tmp_path / "straight")
@@ -242,6 +246,27 @@ def test_another_configuration_does_not_resume(config):
     with pytest.raises(ValueError, match=r"another configuration \(batch_size was 4, now 8; seed was 0, now 1\)"):
         train(dataclasses.replace(config, batch_size=8, seed=1))
     train(dataclasses.replace(config, log_every=5, keep_checkpoints=1))
+    other = dataclasses.replace(config.optimizer, lr=0.5)
+    with pytest.raises(ValueError, match=r"\(optimizer.lr was 0.01, now 0.5\)"):
+        train(dataclasses.replace(config, optimizer=other))
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(config):
+    diverges = dataclasses.replace(config.optimizer, lr=1e30, warmup_steps=0)
+    with pytest.raises(FloatingPointError):
+        train(dataclasses.replace(config, optimizer=diverges))
+    train(config)
+    assert json.loads((config.run / "config.json").read_text())["config"]["optimizer"]["lr"] == 0.01
+
+
+def test_a_damaged_configuration_is_named(config):
+    train(config)
+    for text in ("{", "{}", '{"config": {"model": 3}}'):
+        (config.run / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            train(config)
+        with pytest.raises(ValueError, match=r"config\.json is damaged"):
+            training.read_model_config(config.run)
 
 
 @pytest.mark.parametrize(
@@ -265,14 +290,23 @@ def test_missing_data_is_named(config, tmp_path):
 
 
 def test_impossible_configurations_are_refused(config):
-    for change in ({"steps": 0}, {"batch_size": 4, "microbatches": 3}, {"eval_windows": 0}, {"log_every": 0}):
+    for option in ("lr", "eps", "max_grad_norm"):
+        with pytest.raises(ValueError, match=f"{option} is -1"):
+            OptimizerConfig(**{option: -1})
+    for change in (
+        {"steps": 0},
+        {"batch_size": 4, "microbatches": 3},
+        {"eval_windows": 0},
+        {"log_every": 0},
+        {"seed": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(change)) if len(change) == 1 else "does not split"):
             dataclasses.replace(config, **change)
 
 
 def test_divergence_stops_the_run(config):
     options = dataclasses.replace(config.optimizer, lr=1e30, warmup_steps=0)
-    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step \d+, .* lower optimizer.lr"):
+    with pytest.raises(FloatingPointError, match=r"diverged at step \d+: the loss is .* lower the learning rate"):
         train(dataclasses.replace(config, optimizer=options, steps=200, checkpoint_every=500, log_every=100))
     assert all(np.isfinite(record["loss"]) for record in read_metrics(config.run / "metrics.jsonl"))
     assert read_metrics(config.run / "metrics.jsonl")[0]["step"] == 1
@@ -301,6 +335,18 @@ def test_evaluation_is_the_mean_over_all_windows(data):
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
     for batch_size in (1, 4, 9, 100):
         assert evaluate(model, tokens, 8, batch_size) == pytest.approx(expected, rel=1e-5)
+    for world_size in (2, 5, 20):  # processes that see nothing take part all the same, and count for nothing
+        forwards, shares = [], []
+        for rank in range(world_size):
+            calls = []
+            counted = model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            one = SingleDevice("cpu")
+            one.rank, one.world_size = rank, world_size
+            shares.append(evaluate(model, tokens, 8, 2, strategy=one) / world_size)
+            counted.remove()
+            forwards.append(len(calls))
+        assert sum(shares) == pytest.approx(expected, rel=1e-5)
+        assert len(set(forwards)) == 1
     first = F.cross_entropy(model(x[:5]).flatten(0, 1), y[:5].flatten()).item()
     assert evaluate(model, tokens, 8, 2, max_windows=5) == pytest.approx(first, rel=1e-5)
 
