@@ -2,7 +2,7 @@
 
     uv run --no-sync python -m benchmarks.tokenizer TEXT [TEXT ...] --gpt2 FOLDER
 
-Every candidate is timed from a fresh object, so that caches start empty. `--gpt2` names a folder with
+Every candidate of `encode` starts from an object of its own with empty caches. `--gpt2` names a folder with
 gpt2_vocab.json and gpt2_merges.txt; tiktoken takes its own copy of GPT-2's vocabulary (TIKTOKEN_CACHE_DIR).
 """
 
@@ -87,28 +87,26 @@ def encoding_rows(path: Path, gpt2: Path, megabytes: float, repeats: int) -> lis
         )
 
     def fresh() -> dict:
-        ours = Tokenizer.from_files(vocab, merges, [END_OF_TEXT])
-        reference = tiktoken_encoding()
-        theirs = ByteLevelBPETokenizer(str(vocab), str(merges))
+        ours, ours_lines, ours_batch = (Tokenizer.from_files(vocab, merges, [END_OF_TEXT]) for _ in range(3))
+        reference, reference_batch = tiktoken_encoding(), tiktoken_encoding()
+        theirs, theirs_batch = (ByteLevelBPETokenizer(str(vocab), str(merges)) for _ in range(2))
         lines = text.splitlines(keepends=True)
         return {
             "cs336_basics encode": lambda: ours.encode(text),
             "tiktoken encode": lambda: reference.encode(text, allowed_special={END_OF_TEXT}),
             "tokenizers encode, a document each": lambda: [theirs.encode(document) for document in documents],
-            "cs336_basics encode_iterable": lambda: sum(1 for _ in ours_again.encode_iterable(lines)),
-            f"cs336_basics encode_batch, {cores} processes": lambda: ours.encode_batch(documents, cores),
-            f"tiktoken encode_batch, {cores} threads": lambda: reference.encode_ordinary_batch(
+            "cs336_basics encode_iterable": lambda: sum(1 for _ in ours_lines.encode_iterable(lines)),
+            f"cs336_basics encode_batch, {cores} processes": lambda: ours_batch.encode_batch(documents, cores),
+            f"tiktoken encode_batch, {cores} threads": lambda: reference_batch.encode_ordinary_batch(
                 documents, num_threads=cores
             ),
-            f"tokenizers encode_batch, {cores} threads": lambda: theirs.encode_batch(documents),
+            f"tokenizers encode_batch, {cores} threads": lambda: theirs_batch.encode_batch(documents),
         }
 
-    ours_again = Tokenizer.from_files(vocab, merges, [END_OF_TEXT])
-    assert ours_again.encode(text) == tiktoken_encoding().encode(text, allowed_special={END_OF_TEXT})
-    ours_again._words.clear()
+    ids = Tokenizer.from_files(vocab, merges, [END_OF_TEXT]).encode(text)
+    assert ids == tiktoken_encoding().encode(text, allowed_special={END_OF_TEXT})
     timings: dict[str, list[float]] = {}
     for _ in range(repeats):
-        ours_again._words.clear()
         for who, timed in interleaved(fresh(), 1).items():
             timings.setdefault(who, []).append(timed["median_s"])
     size = len(text.encode()) / 1e6
@@ -129,7 +127,7 @@ def encoding_rows(path: Path, gpt2: Path, megabytes: float, repeats: int) -> lis
 def corpus_rows(path: Path, gpt2: Path, repeats: int) -> list[dict]:
     """The whole job: a text file into a file of uint16 token ids, on all cores."""
     cores = os.cpu_count() or 1
-    tokenizer = Tokenizer.from_files(gpt2 / "gpt2_vocab.json", gpt2 / "gpt2_merges.txt", [END_OF_TEXT])
+    files = gpt2 / "gpt2_vocab.json", gpt2 / "gpt2_merges.txt"
     reference = tiktoken.get_encoding("gpt2")
     destination = Path("data") / "benchmark.npy"
 
@@ -141,7 +139,7 @@ def corpus_rows(path: Path, gpt2: Path, repeats: int) -> list[dict]:
                 file.write(np.array(ids + end, dtype=np.uint16).tobytes())
 
     def with_ours() -> None:
-        tokenize_file(tokenizer, path, destination)
+        tokenize_file(Tokenizer.from_files(*files, [END_OF_TEXT]), path, destination)
 
     size = path.stat().st_size / 1e6
     timed = interleaved({"cs336_basics tokenize": with_ours, "tiktoken encode_batch": with_tiktoken}, repeats)

@@ -65,7 +65,8 @@ def windows_at(
         windows = windows.to(device, non_blocking=windows.is_pinned())
     except (RuntimeError, AssertionError) as error:
         kind = "CUDA error: " if str(device).startswith("cuda") else ""
-        raise RuntimeError(f"{kind}cannot put a batch on device {str(device)!r}: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"{kind}cannot put a batch on device {str(device)!r}: {reason}") from error
     return windows[:, :-1], windows[:, 1:]
 
 

@@ -35,7 +35,7 @@ class DemoConfig:
     """Folder for everything the demo makes. Default: runs/demo, or runs/demo-NAME for a text of yours."""
     prompt: str | None = None
     """What the samples begin with. Default: "def " for the standard library, the beginning of a document otherwise."""
-    steps: int = 600
+    steps: int = 500
     """Training steps."""
     batch_size: int = 16
     """Windows per step."""

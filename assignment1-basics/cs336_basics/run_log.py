@@ -134,7 +134,7 @@ def environment(device: torch.device) -> dict[str, str | None]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0].removesuffix("/__main__.py")).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "numpy", "triton")},
         "device": torch.cuda.get_device_name(device)
