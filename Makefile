@@ -36,7 +36,8 @@ lint: setup .venv/.synced ## check style and types
 	    $$(ls -d cs336_* benchmarks experiments 2>/dev/null)) || exit 1; done
 
 format: .venv/.synced ## format the code, mend what can be mended
-	@.venv/bin/ruff format --quiet . && .venv/bin/ruff check --fix .
+	@.venv/bin/ruff check --quiet --fix . || true
+	@.venv/bin/ruff format .
 
 course-tests: setup ## run the course's own tests: COURSE=path of a checkout of one of its assignments
 	@$(BASICS)/.venv/bin/python tools/course_tests.py "$(COURSE)" $(ARGS)

@@ -1,6 +1,6 @@
 """Tokenizer training and encoding beside Hugging Face tokenizers and tiktoken, on the same texts in one run.
 
-    uv run --no-sync python -m benchmarks.tokenizer TEXT [TEXT ...] --gpt2 FOLDER
+    python -m benchmarks.tokenizer TEXT [TEXT ...] --gpt2 FOLDER
 
 Every candidate of `encode` starts from an object of its own with empty caches. `--gpt2` names a folder with
 gpt2_vocab.json and gpt2_merges.txt; tiktoken takes its own copy of GPT-2's vocabulary (TIKTOKEN_CACHE_DIR).

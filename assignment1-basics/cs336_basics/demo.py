@@ -63,9 +63,9 @@ def run_demo(config: DemoConfig) -> None:
             optimizer=OptimizerConfig(lr=config.lr, min_lr=config.lr / 10, warmup_steps=max(1, config.steps // 20)),
             steps=config.steps,
             batch_size=config.batch_size,
-            eval_every=max(1, config.steps // 12),
+            eval_every=max(1, config.steps // 10),
             eval_windows=128,
-            checkpoint_every=max(1, config.steps // 6),
+            checkpoint_every=max(1, config.steps // 5),
             device="cpu",
         )
     )
@@ -94,10 +94,10 @@ def run_demo(config: DemoConfig) -> None:
     console.print(
         f"""
 [bold]What to run next[/bold], in assignment1-basics/
-  more of it:       uv run --no-sync cs336-basics generate --run {escape(str(run))} --interactive
+  more of it:       .venv/bin/cs336-basics generate --run {escape(str(run))} --interactive
   on your own text: make demo DATA=path/to/text.txt   (in the folder above)
   on TinyStories:   make data-tinystories             (in the folder above; 2.2 GB), then the commands it prints
-  a bigger model:   uv run --no-sync cs336-basics train --help
+  a bigger model:   .venv/bin/cs336-basics train --help
 Delete {escape(str(run))} to train this one anew.""",
         soft_wrap=True,
     )

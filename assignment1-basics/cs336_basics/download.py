@@ -77,7 +77,7 @@ def main() -> None:
         train, valid = download(arguments.name, folder)
     except (ConnectionError, gzip.BadGzipFile, EOFError) as error:
         raise SystemExit(f"cs336-basics: {error}") from None
-    source, run = SOURCES[arguments.name], "uv run --no-sync cs336-basics"
+    source, run = SOURCES[arguments.name], ".venv/bin/cs336-basics"
     print(
         f"""
 What to run next, in assignment1-basics/:

@@ -11,6 +11,7 @@ def plot_loss(run: Path, destination: Path) -> None:
 
     matplotlib.use("Agg")  # files only: no display is needed
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     records = read_metrics(run / "metrics.jsonl")
     training = [record for record in records if "loss" in record]
@@ -31,6 +32,7 @@ def plot_loss(run: Path, destination: Path) -> None:
         label=f"validation (last: {validation[-1]['valid_loss']:.3f})" if validation else "validation",
     )
     axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=run.name)
+    axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(destination, dpi=150)

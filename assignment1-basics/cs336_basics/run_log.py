@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 class RunLog:
@@ -51,13 +51,11 @@ class RunLog:
 
         self.console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("[bold]step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=16),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[metrics]}"),
-            TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
             console=self.console,
             refresh_per_second=4,
             disable=not self.console.is_terminal,
@@ -100,13 +98,13 @@ class RunLog:
             self.console.print(f"step {self.latest['step']:.0f}  {self._line()}", highlight=False, soft_wrap=True)
 
     def _line(self) -> str:
-        shown = [
-            ("loss", "loss", "{:.3f}"),
-            ("valid_loss", "valid", "{:.3f}"),
-            ("lr", "lr", "{:.1e}"),
-            ("tokens_per_second", "tok/s", "{:,.0f}"),
-        ]
-        return "  ".join(f"{label} {form.format(self.latest[key])}" for key, label, form in shown if key in self.latest)
+        shown = {
+            "loss": "loss {:.3f}",
+            "valid_loss": "valid {:.3f}",
+            "lr": "lr {:.1e}",
+            "tokens_per_second": "{:,.0f} tok/s",
+        }
+        return "  ".join(form.format(self.latest[key]) for key, form in shown.items() if key in self.latest)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

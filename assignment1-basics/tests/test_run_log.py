@@ -18,7 +18,7 @@ def test_records_are_lines_that_anyone_can_read(tmp_path, capsys):
         assert read_metrics(tmp_path / "metrics.jsonl") == [
             json.loads(line) for line in (tmp_path / "metrics.jsonl").open()
         ]
-    assert "step 1  loss 2.500  valid 2.000  lr 1.0e-01  tok/s 1,234" in capsys.readouterr().err
+    assert "step 1  loss 2.500  valid 2.000  lr 1.0e-01  1,234 tok/s" in capsys.readouterr().err
     plot_loss(tmp_path, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
