@@ -79,7 +79,7 @@ def run_demo(config: DemoConfig) -> None:
     samples = generate(model, [prompt_ids] * 3, sampling, stop_token_id=tokenizer.token_to_id[END_OF_TEXT.encode()])
     for number, ids in enumerate(samples, start=1):
         console.print(f"[dim]sample {number}[/dim]")
-        console.print(f"[bold]{escape(prompt)}[/bold]{escape(tokenizer.decode(ids))}\n", soft_wrap=True)
+        console.print(f"[bold]{escape(prompt)}[/bold]{escape(tokenizer.decode(ids))}\n")
 
     console.rule("[bold]Where everything is")
     for path, what in (
@@ -98,8 +98,7 @@ def run_demo(config: DemoConfig) -> None:
   on your own text: make demo DATA=path/to/text.txt   (in the folder above)
   on TinyStories:   make data-tinystories             (in the folder above; 2.2 GB), then the commands it prints
   a bigger model:   .venv/bin/cs336-basics train --help
-Delete {escape(str(run))} to train this one anew.""",
-        soft_wrap=True,
+Delete {escape(str(run))} to train this one anew."""
     )
 
 

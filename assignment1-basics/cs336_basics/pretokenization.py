@@ -32,8 +32,7 @@ DecodeErrors = Literal["strict", "replace"]
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _UNICODE = regex.compile(GPT2_PATTERN)
 # The same language on ASCII text, for the standard library's `re`, which has no \p{L} but is twice as fast.
-_ASCII = re.compile(GPT2_PATTERN.replace(r"\p{L}", "A-Za-z").replace(r" ?A-Za-z+", " ?[A-Za-z]+")
-                    .replace(r"\p{N}", "0-9").replace(r" ?0-9+", " ?[0-9]+"), re.ASCII)  # fmt: skip
+_ASCII = re.compile(r"""'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+""", re.ASCII)
 _LAST_WORD_END = regex.compile(r"(?r)(?<=\S)\s")  # (?r): searches backwards from the end
 
 CHUNK_CHARS = 1 << 18

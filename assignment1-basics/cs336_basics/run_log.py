@@ -89,7 +89,6 @@ class RunLog:
                 self._wandb.log(
                     {key: value for key, value in record.items() if key != "step"}, step=int(record["step"])
                 )
-        self._file.flush()
         self._progress.update(self._task, completed=self.latest.get("step", 0), metrics=self._line())
 
     def show_line(self) -> None:
