@@ -96,7 +96,7 @@ def read_text(
     path: str | os.PathLike[str],
     *,
     errors: DecodeErrors = "strict",
-    block_bytes: int = 1 << 20,
+    block_bytes: int = 1 << 16,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[str]:
     r"""Yield a UTF-8 file in blocks, every character as it stands ("\r\n" is not turned into "\n").

@@ -1,7 +1,10 @@
 """Pre-tokenization against the `regex` module, and chunking against pre-tokenization of the whole."""
 
 import os
+import random
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from itertools import count, islice, pairwise, product
@@ -324,3 +327,24 @@ def test_error_message_names_the_remedy(scratch):
     scratch.write_bytes(b"\xff")
     with pytest.raises(ValueError, match=re.escape('errors="replace"')):
         list(read_text(scratch))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of a process in /proc")
+def test_counting_a_file_ten_times_as_long_takes_no_more_memory(tmp_path):
+    program = """
+import sys
+from cs336_basics.pretokenization import count_pretokens_in_file
+count_pretokens_in_file(sys.argv[1], ["<|endoftext|>"], num_workers=2)
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+    words = random.Random(0).choices([f" word{number}" for number in range(10_000)], k=500_000)
+    text = "".join(words) + "<|endoftext|>"
+    peaks = []
+    for times in (1, 10):
+        path = tmp_path / "text.txt"
+        path.write_text(text * times, encoding="utf-8")
+        command = [sys.executable, "-c", program, path]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024)
+    assert peaks[1] - peaks[0] < 10, (
+        f"{peaks[0]:.0f} MB for {len(text) / 1e6:.0f} MB, {peaks[1]:.0f} MB for ten times that"
+    )
