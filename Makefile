@@ -1,8 +1,11 @@
 # Every package is independent; this file runs the same step in each. `make help` lists the commands.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PACKAGES := assignment1-basics
 BASICS := assignment1-basics
+SYSTEMS := assignment2-systems
+PACKAGES := $(BASICS) $(SYSTEMS)
+# Packages of this repository that another one imports.
+NEEDS_$(SYSTEMS) := ../$(BASICS)
 
 # uv: the one on the PATH, or one of our own, which pip puts into .tools/.
 UV_VERSION := 0.13.9
@@ -50,7 +53,7 @@ data-owt: $(BASICS)/.venv/.synced ## download the course's OpenWebText sample (1
 
 lock: $(UV_NEEDED) ## resolve the dependencies anew and write the lock files
 	@for folder in . $(PACKAGES); do (cd $$folder && rm -f uv.lock && $(UV) lock --quiet && \
-	  $(UV) export --quiet --format requirements-txt --no-emit-project --all-groups -o requirements.lock && \
+	  $(UV) export --quiet --format requirements-txt --no-emit-local --all-groups -o requirements.lock && \
 	  ! grep -nE 'https?://' requirements.lock) || exit 1; done
 
 clean: ## remove the environments (data and runs stay)
@@ -58,7 +61,7 @@ clean: ## remove the environments (data and runs stay)
 
 %/.venv/.synced: %/requirements.lock %/pyproject.toml | $(UV_NEEDED)
 	@cd $* && $(UV) venv --quiet --allow-existing && $(UV) pip sync --quiet --require-hashes requirements.lock && \
-	  $(UV) pip install --quiet --no-deps --editable . && touch .venv/.synced
+	  $(UV) pip install --quiet --no-deps $(patsubst %,--editable %,. $(NEEDS_$*)) && touch .venv/.synced
 
 .venv/.synced: requirements.lock | $(UV_NEEDED)
 	@$(UV) venv --quiet --allow-existing && $(UV) pip sync --quiet --require-hashes requirements.lock && touch $@

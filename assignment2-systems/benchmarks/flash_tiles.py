@@ -1,0 +1,98 @@
+"""Search for the tiles of each FlashAttention kernel: the table `TILES` of `triton_ops` comes from here.
+
+    python -m benchmarks.flash_tiles [--dims 64 128] [--kernels forward dkdv dq] [--out results]
+
+Causal, bfloat16, 16 heads of 16 384 tokens. Every candidate's result is compared with that of the first.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import torch
+from triton.runtime.errors import OutOfResources
+
+from cs336_systems.flash_attention import triton_ops as ops
+from cs336_systems.flash_attention.triton_ops import Tiles
+from cs336_systems.measure import median_ms, show, write_result
+
+#: Products of [queries keys d] per kernel.
+PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}
+
+
+def candidates(kernel: str, d: int) -> list[Tiles]:
+    """A space small enough to search in minutes, without what cannot fit into registers or shared memory."""
+    warps_of = {64 * 64: (4,), 64 * 128: (4, 8), 128 * 128: (8,), 64 * 32: (4,), 128 * 32: (4,)}
+    space = []
+    for queries, keys, stages in product((32, 64, 128), (32, 64, 128), (2, 3, 4)):
+        looped = queries if kernel == "dkdv" else keys
+        owned = keys if kernel == "dkdv" else queries
+        if owned < 64 or stages * looped * d * 4 > 160_000 or (looped == 128 and stages > 3):
+            continue
+        for warps in warps_of[queries * keys]:
+            registers = [None, 168] if (queries, keys, warps) == (64, 64, 4) and d <= 64 else [None]
+            space += [Tiles(queries, keys, warps, stages, limit) for limit in registers]
+    return space
+
+
+def launcher(kernel: str, heads: int, sequence: int, d: int) -> tuple[Callable[[Tiles], None], list[torch.Tensor]]:
+    """A function that runs the kernel with given tiles, and the tensors that it writes."""
+    q, k, v, do = (torch.randn(1, heads, sequence, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    scale = d**-0.5
+    o, log_sum_exp = ops.flash_forward(q, k, v, True)
+    if kernel == "forward":
+        return lambda tiles: ops.launch_forward(tiles, q, k, v, o, log_sum_exp, True, scale), [o, log_sum_exp]
+    delta, log2_l = ops.launch_delta(o, do, log_sum_exp)
+    if kernel == "dkdv":
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        return lambda t: ops.launch_dkdv(t, q, k, v, do, log2_l, delta, dk, dv, True, scale), [dk, dv]
+    dq = torch.empty_like(q)
+    return lambda tiles: ops.launch_dq(tiles, q, k, v, do, log2_l, delta, dq, True, scale), [dq]
+
+
+def search(kernel: str, d: int, heads: int, sequence: int, rep_ms: int) -> list[dict]:
+    run, written = launcher(kernel, heads, sequence, d)
+    flops = PRODUCTS[kernel] * 2 * heads * sequence**2 / 2 * d
+    rows, first = [], None
+    for tiles in candidates(kernel, d):
+        row = {"kernel": kernel, "d": d, "queries": tiles.queries, "keys": tiles.keys, "warps": tiles.warps,
+               "stages": tiles.stages, "registers": tiles.registers}  # fmt: skip
+        for tensor in written:
+            tensor.fill_(torch.nan)
+        try:
+            run(tiles)
+        except OutOfResources as error:
+            rows.append({**row, "status": str(error).split(".")[0]})
+            continue
+        result = [tensor.float() for tensor in written]
+        first = first or result
+        difference = max(((a - b).norm() / b.norm()).item() for a, b in zip(result, first))
+        assert difference < 0.01, (tiles, difference)
+        ms = median_ms(partial(run, tiles), torch.device("cuda"), rep_ms=rep_ms)
+        rows.append({**row, "ms": ms, "TFLOP/s": flops / ms / 1e9})
+    return sorted(rows, key=lambda row: row.get("ms", float("inf")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--kernels", nargs="+", choices=sorted(PRODUCTS), default=list(PRODUCTS))
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--sequence", type=int, default=16384)
+    parser.add_argument("--rep-ms", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    for d, kernel in product(arguments.dims, arguments.kernels):
+        found = search(kernel, d, arguments.heads, arguments.sequence, arguments.rep_ms)
+        show(f"{kernel}, d {d}", found[:8])
+        rows += found
+    what = f"tiles of the FlashAttention kernels, {arguments.heads} x {arguments.sequence}, causal, bfloat16"
+    write_result(arguments.out, "flash_tiles", what, rows, torch.device("cuda"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Gradient checkpointing: keep less of the forward pass, compute it again in the backward pass (Chen et al. 2016).
+
+A checkpointed segment of blocks keeps its input alone. When the backward pass reaches it, its forward pass runs
+again, and what it then saves is there until the gradients of the segment are done. With N blocks, s bytes in a
+tensor of the residual stream and A bytes that a block saves, the blocks hold at most
+
+    none     N A
+    block    N s + A                    every block for itself
+    group    ⌈N/k⌉ s + k A - s          k blocks at a time; Chen's √N
+    nested   ⌈log₂ N⌉ s + A             halves of halves: checkpoints within checkpoints
+
+Chen's groups are best where A = s. A Transformer's block saves far more than its input (A is 30 s and more), so
+here single blocks hold less. Nesting holds least, for (log₂(N) + 1)/2 more forward passes in place of one.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cs336_basics.model import BasicsTransformerLM
+from cs336_systems.attention import AttentionName
+from cs336_systems.measure import Row, or_out_of_memory, peak_bytes, synchronize, write_result
+from cs336_systems.training_step import (
+    LossName,
+    SizeName,
+    StepConfig,
+    TrainingStep,
+    device_named,
+    model_config,
+    show_grid,
+)
+
+CheckpointStrategy = Literal["none", "block", "group", "nested"]
+SETTINGS = ("size", "context", "strategy")
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Compare gradient checkpointing strategies: what they keep, the peak of memory, and their time."""
+
+    sizes: tuple[SizeName, ...] = ("xl",)
+    """Model sizes."""
+    contexts: tuple[int, ...] = (512,)
+    """Context lengths in tokens."""
+    strategies: tuple[CheckpointStrategy, ...] = ("none", "group", "block", "nested")
+    """Checkpoint nothing, groups of blocks, each block, or halves of halves."""
+    group_size: int | None = None
+    """Blocks per group. Default: the square root of the number of blocks."""
+    batch_size: int = 4
+    """Sequences per step."""
+    attention: AttentionName = "plain"
+    """Which attention."""
+    bf16: bool = False
+    """Run forward and backward pass under bfloat16 autocast."""
+    loss: LossName = "plain"
+    """Logits and cross-entropy, or both fused."""
+    warmup: int = 2
+    """Steps before the clock starts."""
+    steps: int = 5
+    """Forward and backward passes that are timed."""
+    device: str = "auto"
+    """cpu (without the columns of peak memory), cuda, or auto for a GPU if there is one."""
+    name: str = "checkpointing"
+    """The result is written to <out>/<name>.json."""
+    out: Path = Path("results")
+    """Folder for the result."""
+
+    def execute(self) -> None:
+        if self.steps < 1 or self.warmup < 0:
+            raise ValueError(f"{self.steps} steps after {self.warmup} warm-up steps: time at least 1 step after 0")
+        _check_group_size(self.group_size)
+        device = device_named(self.device)
+        cases = list(itertools.product(self.sizes, self.contexts, self.strategies))
+        configs = [
+            StepConfig(
+                model_config(size, context), device, self.batch_size, self.attention, self.bf16, loss=self.loss
+            )
+            for size, context, _ in cases
+        ]  # fmt: skip
+        rows = [
+            dict(zip(SETTINGS, case))
+            | or_out_of_memory(
+                partial(measure_checkpointing, config, case[2], self.group_size, self.warmup, self.steps)
+            )
+            for case, config in zip(cases, configs)
+        ]
+        common = {
+            "batch_size": self.batch_size, "attention": self.attention,
+            "precision": "bf16" if self.bf16 else "fp32", "loss": self.loss,
+        }  # fmt: skip
+        what = "forward and backward pass, memory in MB of 10^6 bytes"
+        show_grid(what, common, rows, SETTINGS)
+        write_result(self.out, self.name, f"gradient checkpointing, {what}", rows, device, **common)
+
+
+def apply_checkpointing(
+    model: BasicsTransformerLM, strategy: CheckpointStrategy, group_size: int | None = None
+) -> None:
+    """Let the blocks of `model` run under a strategy, from now on and whenever gradients are recorded.
+
+    Names of parameters, the state dict and all results stay what they are.
+
+    Args:
+        model: changed in place; a strategy that it had before is replaced.
+        strategy: see the head of this module.
+        group_size: blocks per group. Default: √N, rounded.
+    """
+    _check_group_size(group_size)
+    blocks = blocks_of(model)
+    model.layers = nn.ModuleList(blocks) if strategy == "none" else CheckpointedLayers(blocks, strategy, group_size)
+
+
+def blocks_of(model: BasicsTransformerLM) -> list[nn.Module]:
+    """The blocks themselves, whatever strategy they run under."""
+    return list(model.layers.children())
+
+
+class CheckpointedLayers(nn.ModuleList):
+    """Blocks that a model which loops over them runs segment by segment, each under a checkpoint.
+
+    A loop sees the segments in the blocks' stead; indices, names and length are still those of the blocks.
+    Without autograd, nothing is saved anyway and a loop sees the blocks, one cache for each.
+    """
+
+    def __init__(self, blocks: list[nn.Module], strategy: CheckpointStrategy, group_size: int | None) -> None:
+        super().__init__(blocks)
+        self.strategy = strategy
+        self.group_size = group_size or max(1, round(math.sqrt(len(blocks))))
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:  # type: ignore[override]
+        blocks: list[nn.Module] = list(self.children())
+        if not torch.is_grad_enabled():
+            return iter(blocks)
+        if self.strategy == "nested":
+            return iter([partial(_nested, blocks)])
+        size = 1 if self.strategy == "block" else self.group_size
+        groups = [blocks[start : start + size] for start in range(0, len(blocks), size)]
+        return iter([partial(_checkpointed, partial(_in_turn, group)) for group in groups])
+
+
+def _in_turn(blocks: Sequence[nn.Module], x: Tensor, *rest: object) -> Tensor:
+    for block in blocks:
+        x = block(x, *rest)
+    return x
+
+
+def _nested(blocks: Sequence[nn.Module], x: Tensor, *rest: object) -> Tensor:
+    if len(blocks) == 1:
+        return blocks[0](x, *rest)
+    half = (len(blocks) + 1) // 2
+    for part in (blocks[:half], blocks[half:]):
+        x = _checkpointed(partial(_nested, part), x, *rest)
+    return x
+
+
+def _checkpointed(function: Callable[..., Tensor], x: Tensor, *rest: object) -> Tensor:
+    # The models have no dropout: there is no state of a random generator to keep.
+    return checkpoint(function, x, *rest, use_reentrant=False, preserve_rng_state=False)
+
+
+def _check_group_size(group_size: int | None) -> None:
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"the group size is {group_size}, but must be at least 1 block")
+
+
+@dataclass(frozen=True)
+class SavedBytes:
+    """What a forward pass saves for its backward pass, in bytes. Parameters do not count."""
+
+    stream: int
+    """s: a tensor of the residual stream."""
+    block: int
+    """A: one block, its input included."""
+    head: int
+    """Final norm, logits and loss."""
+
+
+def saved_bytes(function: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Bytes of the storages that autograd holds after `function`, and before its result is dropped.
+
+    What a checkpoint will compute again is not seen, and takes no memory.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    held: dict[int, int] = {}
+    kept = []  # so that no address is used again while counting
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    del result
+    return sum(held.values())
+
+
+def saved_by_parts(step: TrainingStep) -> SavedBytes:
+    """Count what one block and the head save, each on its own."""
+    model = step.model
+    x = model.token_embeddings(step.inputs).detach().requires_grad_()
+    block = blocks_of(model)[0]
+
+    def head() -> Tensor:
+        with step.autocast():
+            return step.loss_of_stream(x)
+
+    def one_block() -> Tensor:
+        with step.autocast():
+            return block(x)
+
+    return SavedBytes(
+        stream=x.untyped_storage().nbytes(),
+        block=saved_bytes(one_block, model.parameters()),
+        head=saved_bytes(head, model.parameters()),
+    )
+
+
+def predicted_bytes(
+    strategy: CheckpointStrategy, blocks: int, saved: SavedBytes, group_size: int | None = None
+) -> tuple[int, int]:
+    """Activations held after the forward pass, and the most held at any time, by the formulas above.
+
+    The peak comes either at the end of the forward pass, with the head's activations, or when the first segment
+    is computed again and the head's are gone. Gradients of activations are not counted.
+    """
+    s, block = saved.stream, saved.block
+    size = group_size or max(1, round(math.sqrt(blocks)))
+    depth = math.ceil(math.log2(blocks))
+    kept, at_most = {
+        "none": (blocks * block, blocks * block),
+        "block": (blocks * s, blocks * s + block - s),
+        "group": (math.ceil(blocks / size) * s, math.ceil(blocks / size) * s + size * block - s),
+        "nested": (min(blocks, 2) * s if blocks > 1 else block, depth * s + block),
+    }[strategy]
+    return kept + saved.head, max(kept + saved.head, at_most)
+
+
+def measure_checkpointing(
+    config: StepConfig, strategy: CheckpointStrategy, group_size: int | None, warmup: int, steps: int
+) -> Row:
+    """Saved and peak activation bytes of a strategy, measured and predicted, and the time it takes.
+
+    The gradients are there before the step that is measured, so that its peak above the level before it is what
+    activations and temporary tensors take.
+    """
+    step = TrainingStep(config)
+    parts = saved_by_parts(step)
+    apply_checkpointing(step.model, strategy, group_size)
+    blocks = config.model.num_layers
+    kept, peak = predicted_bytes(strategy, blocks, parts, group_size)
+
+    forwards = _CountForwards(step.model)
+    step.forward_backward()
+    row: Row = {
+        "forwards": forwards.count / blocks,
+        "saved_mb": saved_bytes(step.forward, step.model.parameters()) / 1e6,
+        "predicted_saved_mb": kept / 1e6,
+    }
+    forwards.remove()
+    if config.device.type == "cuda":
+
+        def accumulate() -> None:
+            step.forward().backward()
+
+        before = torch.cuda.memory_allocated(config.device)
+        row["peak_mb"] = (peak_bytes(accumulate, config.device) - before) / 1e6
+        row["predicted_peak_mb"] = peak / 1e6
+    for _ in range(warmup):
+        step.forward_backward()
+    times = []
+    for _ in range(steps):
+        synchronize(config.device)
+        started = time.perf_counter()
+        step.forward_backward()
+        synchronize(config.device)
+        times.append((time.perf_counter() - started) * 1e3)
+    row["step_ms"] = statistics.median(times)
+    return row
+
+
+class _CountForwards:
+    """Counts how often blocks of a model run."""
+
+    def __init__(self, model: BasicsTransformerLM) -> None:
+        self.count = 0
+        self._hooks = [block.register_forward_pre_hook(self._ran) for block in blocks_of(model)]
+
+    def _ran(self, *_: object) -> None:
+        self.count += 1
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()

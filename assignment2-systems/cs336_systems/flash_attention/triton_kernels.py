@@ -1,0 +1,261 @@
+"""FlashAttention-2 in Triton: one kernel for the forward pass, three for the backward pass.
+
+They compute what `reference` computes, tile by tile; here a program owns one tile and loops over the others:
+
+- `forward_kernel`: a tile of queries, loops over keys; writes O and L.
+- `delta_kernel`: a tile of queries; D = rowsum(O ∘ dO), and L in base 2.
+- `dkdv_kernel`: a tile of keys, loops over queries; writes dK and dV.
+- `dq_kernel`: a tile of queries, loops over keys; writes dQ.
+
+Algorithm 2 of the paper computes dQ in the loop over keys too, which saves two of seven products but makes
+programs add to the same dQ. Two kernels without sharing are deterministic, and faster: the additions cost more
+than the products (see LOG.md).
+
+All tensors are [batch heads sequence d] and come as tensor descriptors with blocks of [1 1 rows D]: the copy engine
+of Hopper GPUs moves them, fills rows and columns beyond the tensor with zeros, and writes none there. Softmax is
+in base 2, exp(x) = 2^(x log₂e), with log₂e folded into the scale of the scores.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def forward_kernel(
+    Q, K, V, O, L, n_queries, n_keys, heads, group, scale,
+    D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """O and L of one tile of queries.
+
+    Args:
+        Q, O: descriptors with blocks [1 1 QUERIES D]. K, V: [1 1 KEYS D].
+        L: [batch·heads n_queries] float32.
+        group: query heads that share a head of K and V.
+        scale: log₂e / √d.
+    """
+    tiles = tl.cdiv(n_queries, QUERIES)
+    batch_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if CAUSAL:  # the last queries have most keys to visit: begin with the long jobs
+        tile = tiles - 1 - tile
+    batch, head = batch_head // heads, batch_head % heads
+    start = tile * QUERIES
+    rows = start + tl.arange(0, QUERIES)
+    q = _load(Q, batch, head, start, QUERIES, D)
+    m = tl.full([QUERIES], float("-inf"), tl.float32)
+    l = tl.zeros([QUERIES], tl.float32)
+    o = tl.zeros([QUERIES, D], tl.float32)
+
+    # Keys that all queries of the tile see, in whole tiles; then those where a mask is needed.
+    unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
+    for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
+        o, m, l = _forward_step(o, m, l, q, K, V, batch, head // group, j, rows, n_keys, scale,
+                                D, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
+    for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
+        o, m, l = _forward_step(o, m, l, q, K, V, batch, head // group, j, rows, n_keys, scale,
+                                D, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
+
+    _store(O, batch, head, start, o / l[:, None], QUERIES, D)
+    tl.store(L + batch_head.to(tl.int64) * n_queries + rows, (m + tl.log2(l)) * LN_2, mask=rows < n_queries)
+
+
+@triton.jit
+def _forward_step(
+    o, m, l, q, K, V, batch, kv_head, j, rows, n_keys, scale,
+    D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    k = _load(K, batch, kv_head, j, KEYS, D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if MASKED:
+        s = tl.where(_visible(rows[:, None], (j + tl.arange(0, KEYS))[None, :], n_keys, CAUSAL), s, float("-inf"))
+    # Every query sees key 0, so m is finite from the first tile on.
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    p = tl.exp2(s * scale - m_new[:, None])
+    rescale = tl.exp2(m - m_new)
+    v = _load(V, batch, kv_head, j, KEYS, D)
+    o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision=PRECISION)
+    return o, m_new, l * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def delta_kernel(O, dO, L, delta, log2_L, n_queries, padded, heads, D: tl.constexpr, QUERIES: tl.constexpr):
+    """D = rowsum(O ∘ dO) and L log₂e of one tile of queries, 0 beyond the last query.
+
+    L is [batch·heads n_queries]; delta and log2_L are [batch·heads padded], whole tiles, so that the kernels below
+    read them without a mask.
+    """
+    tiles = tl.cdiv(n_queries, QUERIES)
+    batch_head, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * QUERIES
+    batch, head = batch_head // heads, batch_head % heads
+    o = _load(O, batch, head, start, QUERIES, D).to(tl.float32)
+    do = _load(dO, batch, head, start, QUERIES, D).to(tl.float32)
+    rows = start + tl.arange(0, QUERIES)
+    l = tl.load(L + batch_head.to(tl.int64) * n_queries + rows, mask=rows < n_queries, other=0.0)
+    at = batch_head.to(tl.int64) * padded + rows
+    tl.store(delta + at, tl.sum(o * do, 1))
+    tl.store(log2_L + at, l * LOG2_E)
+
+
+@triton.jit
+def dkdv_kernel(
+    Q, K, V, dO, log2_L, delta, dK, dV, n_queries, padded, n_keys, heads, scale,
+    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys; `heads` counts heads of keys here.
+
+    Scores are transposed, [KEYS QUERIES]: so Pᵀ and dSᵀ are left operands of the products for dV and dK, and stay
+    in registers. Rows of keys beyond n_keys hold nonsense, which nothing reads; queries beyond n_queries add 0.
+    """
+    tiles = tl.cdiv(n_keys, KEYS)
+    batch_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    batch, kv_head = batch_head // heads, batch_head % heads
+    start = tile * KEYS
+    keys = start + tl.arange(0, KEYS)
+    k = _load(K, batch, kv_head, start, KEYS, D)
+    v = _load(V, batch, kv_head, start, KEYS, D)
+    dk = tl.zeros([KEYS, D], tl.float32)
+    dv = tl.zeros([KEYS, D], tl.float32)
+
+    if GROUP == 1:  # no loop over a single head: nested loops cost registers
+        dk, dv = _dkdv_of_head(dk, dv, k, v, Q, dO, log2_L, delta, batch, kv_head, heads, keys, start, n_queries,
+                               padded, scale, D, QUERIES, KEYS, STAGES, CAUSAL, PRECISION, SETTLE)  # fmt: skip
+    else:
+        for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+            dk, dv = _dkdv_of_head(dk, dv, k, v, Q, dO, log2_L, delta, batch, head, heads * GROUP, keys, start,
+                                   n_queries, padded, scale, D, QUERIES, KEYS, STAGES, CAUSAL, PRECISION,
+                                   SETTLE)  # fmt: skip
+
+    _store(dK, batch, kv_head, start, dk * (scale * LN_2), KEYS, D)
+    _store(dV, batch, kv_head, start, dv, KEYS, D)
+
+
+@triton.jit
+def _dkdv_of_head(
+    dk, dv, k, v, Q, dO, log2_L, delta, batch, head, heads, keys, start, n_queries, padded, scale,
+    D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries of one head contribute."""
+    at = (batch * heads + head).to(tl.int64) * padded
+    # Queries before the first key see nothing of the tile, those from its last key on see all of it.
+    first, unmasked = 0, 0
+    if CAUSAL:
+        first = start // QUERIES * QUERIES
+        unmasked = tl.minimum(tl.cdiv(start + KEYS - 1, QUERIES) * QUERIES, n_queries)
+    for i in tl.range(first, unmasked, QUERIES, num_stages=STAGES):
+        dk, dv = _dkdv_step(dk, dv, k, v, Q, dO, log2_L + at, delta + at, batch, head, i, keys, scale,
+                            D, QUERIES, True, PRECISION, SETTLE)  # fmt: skip
+    for i in tl.range(unmasked, n_queries, QUERIES, num_stages=STAGES):
+        dk, dv = _dkdv_step(dk, dv, k, v, Q, dO, log2_L + at, delta + at, batch, head, i, keys, scale,
+                            D, QUERIES, False, PRECISION, SETTLE)  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def _dkdv_step(
+    dk, dv, k, v, Q, dO, log2_L, delta, batch, head, i, keys, scale,
+    D: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+):  # fmt: skip
+    rows = i + tl.arange(0, QUERIES)
+    q = _load(Q, batch, head, i, QUERIES, D)
+    l = tl.load(log2_L + rows)
+    do = _load(dO, batch, head, i, QUERIES, D)
+    d = tl.load(delta + rows)
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    p = tl.exp2(s * scale - l[None, :])
+    if MASKED:
+        p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    ds = p * (dp - d[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    if SETTLE:
+        dk, dv = _settle(dk), _settle(dv)
+    return dk, dv
+
+
+@triton.jit
+def dq_kernel(
+    Q, K, V, dO, log2_L, delta, dQ, n_queries, padded, n_keys, heads, group, scale,
+    D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries."""
+    tiles = tl.cdiv(n_queries, QUERIES)
+    batch_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    batch, head = batch_head // heads, batch_head % heads
+    start = tile * QUERIES
+    rows = start + tl.arange(0, QUERIES)
+    at = batch_head.to(tl.int64) * padded + rows
+    q = _load(Q, batch, head, start, QUERIES, D)
+    do = _load(dO, batch, head, start, QUERIES, D)
+    l = tl.load(log2_L + at)
+    d = tl.load(delta + at)
+    dq = tl.zeros([QUERIES, D], tl.float32)
+
+    unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
+    for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
+        dq = _dq_step(dq, q, do, l, d, K, V, batch, head // group, j, rows, n_keys, scale,
+                      D, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
+    for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
+        dq = _dq_step(dq, q, do, l, d, K, V, batch, head // group, j, rows, n_keys, scale,
+                      D, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
+
+    _store(dQ, batch, head, start, dq * (scale * LN_2), QUERIES, D)
+
+
+@triton.jit
+def _dq_step(
+    dq, q, do, l, d, K, V, batch, kv_head, j, rows, n_keys, scale,
+    D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    k = _load(K, batch, kv_head, j, KEYS, D)
+    v = _load(V, batch, kv_head, j, KEYS, D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    p = tl.exp2(s * scale - l[:, None])
+    if MASKED:
+        p = tl.where(_visible(rows[:, None], (j + tl.arange(0, KEYS))[None, :], n_keys, CAUSAL), p, 0.0)
+    ds = p * (dp - d[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _visible_keys(start, n_keys, QUERIES: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr):
+    """How many keys the tile of queries from `start` on sees: without a mask (in whole tiles), and at all."""
+    if CAUSAL:
+        return tl.minimum(start, n_keys) // KEYS * KEYS, tl.minimum(start + QUERIES, n_keys)
+    return n_keys // KEYS * KEYS, n_keys
+
+
+@triton.jit
+def _visible(rows, keys, n_keys, CAUSAL: tl.constexpr):
+    inside = keys < n_keys
+    if CAUSAL:
+        inside = inside & (rows >= keys)
+    return inside
+
+
+@triton.jit
+def _load(X, batch, head, row, ROWS: tl.constexpr, D: tl.constexpr):
+    return X.load([batch, head, row, 0]).reshape(ROWS, D)
+
+
+@triton.jit
+def _store(X, batch, head, row, x, ROWS: tl.constexpr, D: tl.constexpr):
+    X.store([batch, head, row, 0], x.to(X.dtype).reshape(1, 1, ROWS, D))
+
+
+@triton.jit
+def _settle(x):
+    """x itself, but read: so that the matrix products that sum into it are waited for here.
+
+    Left in flight over the edge of the loop, they make ptxas put a wait after each wgmma of it.
+    """
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)

@@ -1,0 +1,315 @@
+"""How much memory a step takes, and what takes it: the course's memory_profiling."""
+
+import ast
+import itertools
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from cs336_systems.attention import AttentionName
+from cs336_systems.measure import Row, or_out_of_memory, peak_bytes, write_result
+from cs336_systems.training_step import (
+    LossName,
+    OptimizerName,
+    Pass,
+    SizeName,
+    StepConfig,
+    TrainingStep,
+    device_named,
+    model_config,
+    show_grid,
+)
+
+Precision = Literal["fp32", "bf16"]
+SETTINGS = ("size", "context", "pass", "precision")
+
+#: The CUDA allocator hands out multiples of this many bytes.
+GRANULE = 512
+BASE = "allocated before"
+REST = "everything else"
+BACKWARD = "backward pass"
+_OURS = re.compile(r"/cs336_(basics|systems)/(\w+/)?\w+\.py$")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Measure peak memory over sizes, contexts, passes and precisions; draw what is in it over time."""
+
+    sizes: tuple[SizeName, ...] = ("2.7B",)
+    """Model sizes."""
+    contexts: tuple[int, ...] = (128, 256, 512)
+    """Context lengths in tokens."""
+    passes: tuple[Pass, ...] = ("inference", "full")
+    """inference: a forward pass without autograd; forward: with it; full: with the optimizer's step."""
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
+    """bf16 runs forward and backward pass under autocast; parameters stay float32."""
+    batch_size: int = 4
+    """Sequences per step."""
+    attention: AttentionName = "plain"
+    """Which attention."""
+    compile: bool = False
+    """Put the model and the loss through torch.compile."""
+    optimizer: OptimizerName = "basics"
+    """Assignment 1's AdamW, or the fused one."""
+    loss: LossName = "plain"
+    """Logits and cross-entropy, or both fused."""
+    snapshot: bool = False
+    """Also record every allocation of one step: a .pickle for https://pytorch.org/memory_viz, and a .png."""
+    device: str = "auto"
+    """An NVIDIA GPU: cuda, or auto."""
+    name: str = "memory"
+    """Results are written to <out>/<name>.json and <out>/<name>_<size>_<context>_<pass>_<precision>.png."""
+    out: Path = Path("results")
+    """Folder for the results."""
+
+    def execute(self) -> None:
+        device = device_named(self.device)
+        if device.type != "cuda":
+            raise ValueError(
+                f"memory is read from the CUDA allocator, but the device is {device}; run this on an NVIDIA GPU"
+            )
+        cases = list(itertools.product(self.sizes, self.contexts, self.passes, self.precisions))
+        configs = [
+            StepConfig(
+                model_config(size, context), device, self.batch_size, self.attention,
+                precision == "bf16", self.compile, self.optimizer, self.loss,
+            )
+            for size, context, _, precision in cases
+        ]  # fmt: skip
+        rows: list[Row] = []
+        for case, config in zip(cases, configs):
+            stem = self.out / "_".join([self.name, *map(str, case)]) if self.snapshot else None
+            rows.append(dict(zip(SETTINGS, case)) | or_out_of_memory(partial(measure_memory, config, case[2], stem)))
+        common = {
+            "batch_size": self.batch_size, "attention": self.attention, "compile": self.compile,
+            "optimizer": self.optimizer, "loss": self.loss,
+        }  # fmt: skip
+        show_grid("peak memory in GB of 10^9 bytes", common, rows, SETTINGS)
+        write_result(self.out, self.name, "peak memory of a training step, in bytes", rows, device, **common)
+
+
+def measure_memory(config: StepConfig, which: Pass, snapshot: Path | None = None) -> Row:
+    """Memory before a step and at its peak, the second of its kind, when the optimizer has its state.
+
+    Args:
+        config: what the step is made of, on a CUDA device.
+        which: the pass.
+        snapshot: record one more step and write <snapshot>.pickle and <snapshot>.png.
+
+    Returns:
+        GB of tensors before the step and at the peak, and MB (of 2^20 bytes) of one tensor of the residual stream.
+    """
+    if config.compile:
+        torch.compiler.reset()
+    torch._C._cuda_clearCublasWorkspaces()  # of an earlier row; they count as tensors
+    step = TrainingStep(config)
+    step.run(which)
+    before = torch.cuda.memory_allocated(config.device)
+    peak = peak_bytes(lambda: step.run(which), config.device)
+    row: Row = {
+        "before_gb": before / 1e9,
+        "peak_gb": peak / 1e9,
+        "residual_mb": config.tokens * config.model.d_model * 4 / 2**20,
+    }
+    if snapshot is not None:
+        recorded = record_snapshot(step, which, snapshot.with_name(snapshot.name + ".pickle"))
+        model, precision = config.model, "bf16" if config.bf16 else "fp32"
+        title = f"{which}: {model.num_layers} blocks of width {model.d_model}, {precision}, "
+        title += f"{config.batch_size} x {model.context_length} tokens"
+        plot_timeline(recorded, snapshot.with_name(snapshot.name + ".png"), title)
+        row["largest"] = largest_allocations(recorded)
+    return row
+
+
+def record_snapshot(step: TrainingStep, which: Pass, path: Path) -> dict[str, Any]:
+    """Record every allocation of one pass with its Python stack; write it to `path` and return it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=1_000_000)
+    try:
+        step.run(which)
+        torch.cuda.synchronize(step.config.device)
+        torch.cuda.memory._dump_snapshot(str(path))
+        return torch.cuda.memory._snapshot(step.config.device)
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Active memory after every event that changed it."""
+
+    times_ms: np.ndarray
+    """[events] milliseconds since the first of them, on the host's clock."""
+    groups: dict[str, np.ndarray]
+    """Who allocated -> [events] bytes active. `BASE` comes first: what was there before."""
+
+    @property
+    def total(self) -> np.ndarray:
+        """[events] bytes active."""
+        return np.sum(list(self.groups.values()), axis=0)
+
+
+def timeline(snapshot: dict[str, Any], top: int = 8) -> Timeline:
+    """Add up the allocations and frees of a snapshot of the CUDA allocator.
+
+    A snapshot's trace tells of changes alone. What was allocated before it began is found from the other end:
+    the blocks that are active when the snapshot is taken, less all changes. This holds also for a trace that
+    has lost its beginning because the recorder ran full.
+
+    Args:
+        snapshot: of `torch.cuda.memory._snapshot`, for one device.
+        top: groups that are told apart, those that hold most at some time; the others become `REST`.
+    """
+    events = [event for events in snapshot["device_traces"] for event in events]
+    events = [event for event in events if event["action"] in ("alloc", "free_completed")]
+    alive: dict[int, tuple[str, int]] = {}
+    changes = []  # of an event: its time, group and bytes
+    for event in events:
+        if event["action"] == "alloc":
+            alive[event["addr"]] = allocated_by(event.get("frames", [])), _rounded(event["size"])
+            changes.append((event["time_us"], *alive[event["addr"]]))
+        else:
+            group, size = alive.pop(event["addr"], (BASE, _rounded(event["size"])))
+            changes.append((event["time_us"], group, -size))
+
+    at_end = sum(segment["active_size"] for segment in snapshot["segments"])
+    base = at_end - sum(size for _, _, size in changes)
+    names = [BASE, *sorted({group for _, group, _ in changes} - {BASE})]
+    steps = np.zeros((len(names), len(changes) + 1))
+    steps[0, 0] = base
+    for index, (_, group, size) in enumerate(changes, start=1):
+        steps[names.index(group), index] = size
+    active = steps.cumsum(axis=1)
+
+    most = active.max(axis=1)
+    largest = sorted(range(1, len(names)), key=lambda index: -most[index])
+    groups = {BASE: active[0]} | {names[index]: active[index] for index in largest[:top]}
+    if largest[top:]:
+        groups[REST] = active[largest[top:]].sum(axis=0)
+    moments = np.array([changes[0][0] if changes else 0, *(moment for moment, _, _ in changes)])
+    return Timeline((moments - moments[0]) / 1e3, groups)
+
+
+def plot_timeline(snapshot: dict[str, Any], path: Path, title: str = "") -> Timeline:
+    """Draw active memory over time, stacked by who allocated it, as PNG; see `timeline`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = timeline(snapshot)
+    total = drawn.total
+    kept = _thinned(total, 4000)
+    # Grey for what is there all the time, then a scale that color-blind readers can tell apart (Okabe & Ito 2008).
+    colors = ["#c8c8c8", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#7f4f24"]
+    shades = dict(zip(drawn.groups, colors)) | {REST: "#666666"}
+
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    axes.stackplot(
+        drawn.times_ms[kept],
+        [active[kept] / 1e9 for active in drawn.groups.values()],
+        labels=list(drawn.groups),
+        colors=[shades[name] for name in drawn.groups],
+        step="post",
+        linewidth=0,
+    )
+    peak = int(total.argmax())
+    axes.plot(drawn.times_ms[kept], total[kept] / 1e9, color="black", linewidth=0.6, drawstyle="steps-post")
+    axes.plot(drawn.times_ms[peak], total[peak] / 1e9, "v", color="black", markersize=6)
+    where = drawn.times_ms[peak] / max(drawn.times_ms[-1], 1e-9)
+    axes.annotate(
+        f"peak {total[peak] / 1e9:.3g} GB",
+        (drawn.times_ms[peak], total[peak] / 1e9),
+        xytext=(0, 7),
+        textcoords="offset points",
+        ha="left" if where < 0.1 else "right" if where > 0.9 else "center",
+    )
+    axes.set(
+        xlabel="time on the host (ms)", ylabel="active memory (GB)", title=title, ylim=(0, 1.12 * total[peak] / 1e9)
+    )
+    axes.margins(x=0)
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)  # in the order of the stack
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return drawn
+
+
+def largest_allocations(snapshot: dict[str, Any], count: int = 10) -> list[Row]:
+    """The largest sizes that were allocated, how often, and by whom."""
+    seen: dict[tuple[int, str], int] = defaultdict(int)
+    for events in snapshot["device_traces"]:
+        for event in events:
+            if event["action"] == "alloc":
+                seen[event["size"], allocated_by(event.get("frames", []))] += 1
+    return [
+        {"mb": size / 2**20, "times": times, "allocated_by": group}
+        for (size, group), times in sorted(seen.items(), reverse=True)[:count]
+    ]
+
+
+def allocated_by(frames: list[dict[str, Any]]) -> str:
+    """The function of ours that a stack, innermost frame first, comes from.
+
+    A linear map is told by its caller: there are too many of them. Autograd's own threads have no Python
+    frames, so a stack without any is the backward pass.
+    """
+    ours = [frame for frame in frames if _OURS.search(frame["filename"])]
+    for frame in ours:
+        name = _qualified_name(frame["filename"], frame["line"]) or frame["name"]
+        if not name.startswith("Linear."):
+            return name.removesuffix(".forward").removesuffix(".<lambda>")
+    return frames[0]["name"] if frames else BACKWARD
+
+
+def _rounded(size: int) -> int:
+    return -(-size // GRANULE) * GRANULE
+
+
+def _thinned(total: np.ndarray, bins: int) -> np.ndarray:
+    """Indices of the lowest and the highest event of every bin, so that no peak is lost where many are drawn."""
+    if len(total) <= 2 * bins:
+        return np.arange(len(total))
+    edges = np.linspace(0, len(total), bins + 1).astype(int)
+    chosen = [start + extreme(total[start:end]) for start, end in itertools.pairwise(edges) for extreme in _EXTREMES]
+    return np.unique([0, *chosen, len(total) - 1])
+
+
+_EXTREMES = (np.argmin, np.argmax)
+
+
+def _qualified_name(filename: str, line: int) -> str | None:
+    """Class and function of a line, as in "SwiGLU.forward"; None where the file cannot be read."""
+    inside = [(start, name) for start, end, name in _functions(filename) if start <= line <= end]
+    return max(inside)[1] if inside else None
+
+
+@cache
+def _functions(filename: str) -> list[tuple[int, int, str]]:
+    """First line, last line and qualified name of every function of a file."""
+    try:
+        tree = ast.parse(Path(filename).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError):
+        return []
+    found = []
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            name = prefix
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                name = f"{prefix}{child.name}"
+                if isinstance(child, ast.FunctionDef):
+                    found.append((child.lineno, child.end_lineno or child.lineno, name))
+                name += "."
+            visit(child, name)
+
+    visit(tree, "")
+    return found

@@ -1,0 +1,223 @@
+"""One training step of a model of the assignment, cut into its passes: what the measuring commands share."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
+from cs336_basics.nn_utils import cross_entropy
+from cs336_basics.optimizer import AdamW
+from cs336_systems.attention import AttentionName, causal_attention
+from cs336_systems.measure import Row, default_device, show
+from cs336_systems.models import MODELS
+
+#: inference: logits, without autograd. forward: logits and loss, with it, so that forward-backward less forward
+#: is the backward pass. full: zero_grad, forward, backward and the optimizer's step.
+Pass = Literal["inference", "forward", "forward-backward", "full"]
+#: basics: Assignment 1's AdamW. fused: `cs336_systems.adamw.FusedAdamW`.
+OptimizerName = Literal["basics", "fused"]
+#: plain: logits, then Assignment 1's cross-entropy. fused: both at once, `cs336_systems.linear_cross_entropy`.
+LossName = Literal["plain", "fused"]
+#: The sizes of `models.MODELS`, and one with which to try a command where there is no GPU.
+SizeName = Literal["tiny", "small", "medium", "large", "xl", "2.7B"]
+TINY = ModelConfig(vocab_size=512, context_length=1024, d_model=64, d_ff=192, num_layers=4, num_heads=4)
+
+#: The ranges that a step is cut into, in their order.
+PHASES = ("forward", "loss", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What a training step is made of."""
+
+    model: ModelConfig
+    """Shape of the model; sequences are as long as its context."""
+    device: torch.device
+    """Where it runs."""
+    batch_size: int = 4
+    """Sequences per step."""
+    attention: AttentionName = "plain"
+    """Which attention."""
+    bf16: bool = False
+    """Run forward and backward pass under bfloat16 autocast; parameters stay float32."""
+    compile: bool = False
+    """Put the model and the loss, not the optimizer, through torch.compile."""
+    optimizer: OptimizerName = "basics"
+    """Which AdamW."""
+    loss: LossName = "plain"
+    """Which cross-entropy."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"the batch size is {self.batch_size}, but must be at least 1")
+        if self.device.type == "cuda":
+            if self.attention.startswith("sdpa-") and not self.bf16:
+                raise ValueError(f"attention {self.attention} knows half precision alone on a GPU; add --bf16")
+        elif self.attention == "sdpa-cudnn":
+            raise ValueError("attention sdpa-cudnn needs an NVIDIA GPU; choose plain, flash-pytorch or sdpa-flash")
+        elif os.environ.get("TRITON_INTERPRET") != "1":  # Triton's interpreter runs the kernels on a CPU
+            for option, name, other in (
+                ("attention", self.attention, "flash-pytorch"),
+                ("optimizer", self.optimizer, "basics"),
+                ("loss", self.loss, "plain"),
+            ):
+                if name in ("flash", "fused"):
+                    raise ValueError(f"{option} {name} is made of Triton kernels and needs a GPU; choose {other}")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step."""
+        return self.batch_size * self.model.context_length
+
+
+class TrainingStep:
+    """A model with random weights, an optimizer and a random batch, ready to be run pass by pass.
+
+    The phases of a step lie in the ranges `PHASES`, which Nsight Systems and torch.profiler show.
+
+    Args:
+        config: what it is made of.
+        attention: takes the place of `config.attention`.
+
+    Attributes:
+        model: the model, not compiled.
+        optimizer: its optimizer; a learning rate of 1e-4 keeps many steps on one batch finite.
+        inputs, targets: [batch context] token ids.
+    """
+
+    def __init__(self, config: StepConfig, attention: CausalAttention | None = None) -> None:
+        torch.manual_seed(0)
+        device, shape = config.device, config.model
+        self.config = config
+        self.model = BasicsTransformerLM.from_config(
+            shape, causal_attention=attention or causal_attention(config.attention), device=device
+        )
+        self.optimizer = _optimizer(config.optimizer, self.model)
+        ids = torch.randint(shape.vocab_size, (config.batch_size, shape.context_length + 1), device=device)
+        self.inputs, self.targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+        self._logits: Callable[[Tensor], Tensor] = self.model
+        self._forward: Callable[[Tensor], Tensor] = self.model if config.loss == "plain" else self._hidden
+        self._loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy if config.loss == "plain" else self._fused_loss
+        if config.compile:
+            self._logits, self._forward = torch.compile(self._logits), torch.compile(self._forward)
+            if config.loss == "plain":  # the fused loss is kernels already
+                self._loss = torch.compile(self._loss)
+
+    def inference(self) -> Float[Tensor, "batch context vocab"]:
+        """Logits, without autograd."""
+        with torch.no_grad(), self.autocast(), phase("forward", self.config.device):
+            return self._logits(self.inputs)
+
+    def forward(self) -> Float[Tensor, ""]:
+        """The loss."""
+        with self.autocast():
+            with phase("forward", self.config.device):
+                output = self._forward(self.inputs)
+            with phase("loss", self.config.device):
+                return self._loss(output, self.targets)
+
+    def forward_backward(self) -> None:
+        """Loss and gradients, which replace those of the last call."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.forward()
+        with phase("backward", self.config.device):
+            loss.backward()
+
+    def full(self) -> None:
+        """Loss, gradients, and the optimizer's step."""
+        self.forward_backward()
+        with phase("optimizer", self.config.device):
+            self.optimizer.step()
+
+    def run(self, which: Pass) -> None:
+        """Run one pass and drop its result."""
+        {
+            "inference": self.inference,
+            "forward": self.forward,
+            "forward-backward": self.forward_backward,
+            "full": self.full,
+        }[which]()
+
+    def autocast(self) -> AbstractContextManager:
+        """What forward passes run under."""
+        return torch.autocast(self.config.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
+
+    def loss_of_stream(self, x: Float[Tensor, "batch context d_model"]) -> Float[Tensor, ""]:
+        """What follows the blocks: final norm, head and loss."""
+        x = self.model.ln_final(x)
+        return self._loss(x if self.config.loss == "fused" else self.model.lm_head(x), self.targets)
+
+    def _hidden(self, ids: Int[Tensor, "batch context"]) -> Float[Tensor, "batch context d_model"]:
+        """The model without its last linear map."""
+        x = self.model.token_embeddings(ids)
+        for layer in self.model.layers:
+            x = layer(x, None, None)
+        return self.model.ln_final(x)
+
+    def _fused_loss(
+        self, hidden: Float[Tensor, "batch context d_model"], targets: Int[Tensor, "batch context"]
+    ) -> Float[Tensor, ""]:
+        from cs336_systems.linear_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(hidden, self.model.lm_head.weight, targets)
+
+
+@contextmanager
+def phase(name: str, device: torch.device) -> Iterator[None]:
+    """A range with a name, for Nsight Systems (NVTX) and for torch.profiler."""
+    nvtx = device.type == "cuda"
+    with torch.profiler.record_function(name):
+        if nvtx:
+            torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            if nvtx:
+                torch.cuda.nvtx.range_pop()
+
+
+def model_config(size: SizeName, context: int) -> ModelConfig:
+    """The shape of that size, for sequences of `context` tokens."""
+    if size not in get_args(SizeName):
+        raise ValueError(f"there is no model size {size!r}; choose one of {', '.join(get_args(SizeName))}")
+    return replace(TINY if size == "tiny" else MODELS[size], context_length=context)
+
+
+def device_named(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return default_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"there is no device {name!r}; choose auto, cpu or cuda") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs; choose cpu")
+    return device
+
+
+def show_grid(title: str, common: Row, rows: list[Row], settings: tuple[str, ...]) -> None:
+    """Print rows as a table; settings that are the same in all of them move into its title, lists stay out."""
+    shared = {key: rows[0][key] for key in settings if len({row[key] for row in rows}) == 1}
+    said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in (shared | common).items())
+    shown = [{k: v for k, v in row.items() if k not in shared and not isinstance(v, list)} for row in rows]
+    show(f"{title}: {said}", shown)
+
+
+def _optimizer(name: OptimizerName, model: torch.nn.Module) -> torch.optim.Optimizer:
+    if name == "basics":
+        return AdamW(model.parameters(), lr=1e-4)
+    from cs336_systems.adamw import FusedAdamW
+
+    return FusedAdamW(model.parameters(), lr=1e-4)

@@ -1,0 +1,144 @@
+"""The passes of a step against the same written out, and what a user can get wrong."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cs336_basics.model import BasicsTransformerLM, ModelConfig
+from cs336_basics.nn_utils import cross_entropy
+from cs336_basics.optimizer import AdamW
+from cs336_systems.models import MODELS
+from cs336_systems.training_step import PHASES, StepConfig, TrainingStep, device_named, model_config, show_grid
+
+CPU = torch.device("cpu")
+SHAPE = ModelConfig(vocab_size=67, context_length=12, d_model=16, num_layers=2, num_heads=2, d_ff=24)
+CONFIG = StepConfig(SHAPE, CPU, batch_size=3)
+
+
+def test_a_full_step_is_the_plain_one():
+    step = TrainingStep(CONFIG)
+    model = BasicsTransformerLM.from_config(SHAPE)
+    model.load_state_dict(step.model.state_dict())
+    loss = cross_entropy(model(step.inputs), step.targets)
+    assert step.forward().item() == loss.item()
+
+    loss.backward()
+    AdamW(model.parameters(), lr=1e-4).step()
+    step.full()
+    for ours, plain in zip(step.model.parameters(), model.parameters()):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
+
+def test_targets_are_the_next_tokens():
+    step = TrainingStep(CONFIG)
+    assert step.inputs.shape == (3, 12)
+    assert torch.equal(step.inputs[:, 1:], step.targets[:, :-1])
+
+
+def test_inference_records_nothing():
+    logits = TrainingStep(CONFIG).inference()
+    assert logits.shape == (3, 12, 67)
+    assert not logits.requires_grad
+
+
+def test_gradients_do_not_pile_up():
+    step = TrainingStep(CONFIG)
+    step.run("forward-backward")
+    first = step.model.lm_head.weight.grad.clone()
+    step.run("forward-backward")
+    torch.testing.assert_close(step.model.lm_head.weight.grad, first)
+
+
+def test_bf16_leaves_the_parameters_alone():
+    step = TrainingStep(dataclasses.replace(CONFIG, bf16=True))
+    assert step.inference().dtype == torch.bfloat16
+    step.full()
+    assert {parameter.dtype for parameter in step.model.parameters()} == {torch.float32}
+
+
+def test_fused_parts_give_the_same_step():
+    plain = TrainingStep(CONFIG)
+    fused = TrainingStep(dataclasses.replace(CONFIG, optimizer="fused", loss="fused"))
+    torch.testing.assert_close(fused.forward(), plain.forward())
+    plain.full()
+    fused.full()
+    for ours, other in zip(fused.model.parameters(), plain.model.parameters()):
+        torch.testing.assert_close(ours, other, atol=2e-5, rtol=0)
+
+
+def test_a_compiled_step_is_the_same(monkeypatch):
+    """In one graph each. The code generator is left out: the test would take a minute."""
+    compiled = []
+
+    def traced(function):
+        compiled.append(function)
+        return compile_(function, backend="eager", fullgraph=True)
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    plain, ours = TrainingStep(CONFIG), TrainingStep(dataclasses.replace(CONFIG, compile=True))
+    assert len(compiled) == 3
+    torch.testing.assert_close(ours.forward(), plain.forward())
+    plain.full()
+    ours.full()
+    torch.testing.assert_close(ours.model.lm_head.weight, plain.model.lm_head.weight)
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{"attention": "flash"}, {"loss": "fused"}, {"optimizer": "fused"}, {"compile": True}]
+)
+def test_options_on_the_gpu(options):
+    config = StepConfig(model_config("tiny", 64), torch.device("cuda"), bf16=True)
+    plain, ours = TrainingStep(config), TrainingStep(dataclasses.replace(config, **options))
+    torch.testing.assert_close(ours.forward(), plain.forward(), rtol=1e-2, atol=1e-2)
+    for _ in range(2):
+        plain.full()
+        ours.full()
+    torch.testing.assert_close(ours.forward(), plain.forward(), rtol=1e-2, atol=1e-2)
+
+
+def test_phases_show_in_the_profiler():
+    step = TrainingStep(CONFIG)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step.full()
+    assert set(PHASES) <= {event.name for event in profiler.events()}
+
+
+def test_sizes():
+    assert model_config("small", 128) == dataclasses.replace(MODELS["small"], context_length=128)
+    assert model_config("tiny", 8).d_model < MODELS["small"].d_model
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: dataclasses.replace(CONFIG, batch_size=0), "batch size is 0"),
+        (lambda: dataclasses.replace(CONFIG, attention="sdpa-cudnn"), "sdpa-cudnn needs an NVIDIA GPU"),
+        (lambda: dataclasses.replace(CONFIG, device=torch.device("cuda"), attention="sdpa-flash"), "add --bf16"),
+        (lambda: device_named("warp"), "no device 'warp'"),
+        (lambda: device_named("cuda:63"), "choose cpu"),
+        (lambda: model_config("small", 0), "context_length is 0"),
+    ],
+)
+def test_errors_tell_what_to_do(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+@pytest.mark.parametrize(("option", "name"), [("attention", "flash"), ("optimizer", "fused"), ("loss", "fused")])
+def test_kernels_are_refused_where_they_cannot_run(monkeypatch, option, name):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"{option} {name} is made of Triton kernels and needs a GPU"):
+        dataclasses.replace(CONFIG, **{option: name})
+
+
+def test_what_all_rows_share_stands_in_the_title(capsys):
+    show_grid("t", {"loss": "plain"}, [{"a": 1, "b": 2, "x": [5]}, {"a": 1, "b": 3, "x": [6]}], ("a", "b"))
+    title, _, table = capsys.readouterr().out.partition("┏")
+    assert title.split() == ["t:", "a", "1,", "loss", "plain"]
+    assert "b" in table
+    assert "a" not in table
+    assert "x" not in table
