@@ -44,12 +44,15 @@ class FusedAdamW(AdamW):
     def _step_group(self, parameters: list[Tensor], group: dict) -> None:
         lr, (beta1, beta2), eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
         launches: dict[tuple, tuple[list[Tensor], ...]] = {}
-        for parameter in parameters:
+        for parameter in parameters:  # all of them before any state changes
             _check_parameter(parameter)
+        for parameter in parameters:
             state = self.state[parameter]
             if not state:
                 state |= {"t": 0, "m": torch.zeros_like(parameter), "v": torch.zeros_like(parameter)}
             state["t"] += 1
+            for name in ("m", "v"):  # a loaded state may have other strides
+                state[name] = state[name].contiguous()
             lists = launches.setdefault((parameter.device, parameter.dtype, state["t"]), ([], [], [], []))
             for tensors, tensor in zip(lists, (parameter, parameter.grad, state["m"], state["v"])):
                 tensors.append(tensor)
@@ -68,6 +71,12 @@ def _check_parameter(parameter: Tensor) -> None:
         raise ValueError(
             f"a parameter of shape {tuple(parameter.shape)} has strides {parameter.stride()}, but must be "
             f"contiguous: {remedy}"
+        )
+    gradient = parameter.grad
+    if gradient is not None and (gradient.dtype != parameter.dtype or gradient.is_sparse):
+        raise ValueError(
+            f"a parameter is {parameter.dtype}, its gradient {gradient.dtype} and {gradient.layout}, but must be dense "
+            f"and of one dtype: {remedy}"
         )
     if not parameter.is_cuda and not _INTERPRETED:
         raise ValueError(

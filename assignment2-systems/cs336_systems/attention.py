@@ -3,8 +3,9 @@
 Each fits the seam of Assignment 1's model: [... heads seq d_head] queries, keys, values in, the same out.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,9 +16,8 @@ from cs336_basics.model import CausalAttention, scaled_dot_product_attention
 from cs336_systems.flash_attention import FlashAttentionPyTorch, flash_attention
 
 #: plain: Assignment 1's explicit scores and softmax. flash: our Triton kernels. flash-pytorch: their tiled
-#: reference. sdpa-*: PyTorch's fused kernels (FlashAttention-2 and cuDNN).
-AttentionName = Literal["plain", "flash", "flash-pytorch", "sdpa-flash", "sdpa-cudnn"]
-ATTENTION_NAMES: tuple[str, ...] = get_args(AttentionName)
+#: reference. sdpa-*: PyTorch's fused kernels (FlashAttention-2 and cuDNN). flex: FlexAttention, compiled.
+AttentionName = Literal["plain", "flash", "flash-pytorch", "sdpa-flash", "sdpa-cudnn", "flex"]
 
 
 def causal_attention(name: AttentionName) -> CausalAttention:
@@ -38,10 +38,34 @@ def _torch(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return attend
 
 
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _compiled_flex()(q, k, v, block_mask=_causal_block_mask(q.shape[-2], k.shape[-2], q.device))
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@functools.cache
+def _causal_block_mask(n_queries: int, n_keys: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key
+
+    # Compiled, it never holds the [queries keys] mask, of 4 GB at 65536.
+    create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    return create(causal, None, None, n_queries, n_keys, device=device.type)
+
+
 _IMPLEMENTATIONS: dict[str, CausalAttention] = {
     "plain": _plain,
     "flash": flash_attention,
     "flash-pytorch": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True),
     "sdpa-flash": _torch(SDPBackend.FLASH_ATTENTION),
     "sdpa-cudnn": _torch(SDPBackend.CUDNN_ATTENTION),
+    "flex": _flex,
 }

@@ -1,227 +1,137 @@
 """Attention alone, eager and compiled: the time of each pass, and the memory that waits for the backward pass."""
 
-import contextlib
 import statistics
-import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from itertools import product
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from cs336_systems.attention import AttentionName, causal_attention
-from cs336_systems.measure import Row, default_device, or_out_of_memory, show, synchronize, write_result
+from cs336_systems.measure import (
+    Measurement,
+    Row,
+    check_options,
+    device_named,
+    gpu_or_cpu,
+    grid,
+    now_ms,
+    run_grid,
+    show,
+)
+from cs336_systems.training_step import Mode
 
-DType = Literal["float32", "bfloat16", "float16"]
-
-#: What stands in a row where an implementation refuses a shape or dtype; its "reason" says why.
-UNSUPPORTED = "unsupported"
+DType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class BenchAttention:
+class BenchAttention(Measurement):
     """Time causal attention alone, and measure what it holds for its backward pass."""
 
-    seqs: tuple[int, ...] = (256, 1024, 4096, 8192, 16384)
-    """Sequence lengths."""
-    dims: tuple[int, ...] = (16, 32, 64, 128)
+    attentions: tuple[AttentionName, ...] = ("plain",)
+    """plain: Assignment 1's. flash: ours. flash-pytorch: its reference. sdpa-*, flex: PyTorch's."""
+    modes: tuple[Mode, ...] = gpu_or_cpu(("eager", "compiled"), ("eager",))
+    """The functions as they are, or under torch.compile."""
+    dtypes: tuple[DType, ...] = ("float32",)
+    """Precisions of queries, keys and values."""
+    dims: tuple[int, ...] = gpu_or_cpu((16, 32, 64, 128), (16, 64))
     """Widths of a head."""
+    seqs: tuple[int, ...] = gpu_or_cpu((256, 1024, 4096, 8192, 16384), (128, 256))
+    """Sequence lengths."""
     batch_size: int = 8
     """Sequences at once, of one head each."""
-    attention: tuple[AttentionName, ...] = ("plain",)
-    """plain: Assignment 1's attention. flash: ours. flash-pytorch: its reference. sdpa-*: PyTorch's
-    FlashAttention-2 and cuDNN kernels, which know half precision alone."""
-    dtype: DType = "float32"
-    """Precision of queries, keys and values."""
-    steps: int = 100
-    """Forward and backward passes that are timed."""
     warmup: int = 5
-    """Passes before them."""
-    eager: bool = True
-    """Measure the functions as they are."""
-    compile: bool = True
-    """Measure them under torch.compile."""
+    """Passes before the clock starts."""
+    steps: int = gpu_or_cpu(100, 20)
+    """Forward and backward passes that are timed."""
     name: str = "bench_attention"
-    """The result is written to <out>/<name>.json."""
-    out: Path = Path("results")
-    """Folder for the result."""
 
     def execute(self) -> None:
         check_options(self, "seqs", "dims", "batch_size", "steps")
         check_options(self, "warmup", least=0)
-        modes = [*(["eager"] if self.eager else []), *(["compiled"] if self.compile else [])]
-        if not modes:
-            raise ValueError("--no-eager and --no-compile together leave nothing to measure; drop one of them")
-        device = default_device()
-        what = f"causal attention, batch {self.batch_size}, one head, {self.dtype}, mean of {self.steps} passes"
-        rows: list[Row] = []
-        cases = list(product(self.attention, modes, self.dims, self.seqs))
-        console = Console(stderr=True)
-        for attention, mode, dim, seq in track(
-            cases, "attention", console=console, transient=True, disable=not console.is_terminal
-        ):
-            row = attention_row(
-                attention, self.batch_size, seq, dim, self.dtype, device,
-                compiled=mode == "compiled", steps=self.steps, warmup=self.warmup,
+        device = device_named(self.device)
+        cases = grid(attention=self.attentions, mode=self.modes, dtype=self.dtypes, dim=self.dims, seq=self.seqs)
+        settings = list(cases[0]) if cases else []
+        for case in cases:
+            if case["mode"] == "eager":  # a compiler chooses what to keep and what to compute again
+                held = predicted_bytes(case["attention"], self.batch_size, case["seq"], case["dim"], case["dtype"])
+                case["predicted_MB"] = held / 1e6
+        common = {"batch_size": self.batch_size, "heads": 1, "steps": self.steps}
+        file = self.result_file("forward and backward passes of causal attention, each by itself", device, **common)
+
+        def measure(case: Row) -> Row:
+            return time_attention(
+                case["attention"], case["mode"], case["dtype"], self.batch_size, case["seq"], case["dim"], device,
+                self.warmup, self.steps,
             )  # fmt: skip
-            rows.append(row)
-            save_quietly(self.out, self.name, what, rows, device)
-        # The numbers of a shape side by side, and what did not work in words; all columns are in the file.
-        shown = ("mode", "dim", "seq", "forward_ms", "backward_ms", "memory_MB", "predicted_MB", "status")
-        for attention in self.attention:
-            chosen = [row for row in rows if row["attention"] == attention]
-            show(f"{attention}: {what}", in_columns(chosen, dict(zip(shown, shown))))
-        print_reasons(rows, "attention")
-        write_result(self.out, self.name, what, rows, device)
+
+        rows = run_grid(cases, measure, file)
+        columns = [*settings, "forward_ms", "backward_ms", "memory_MB", "predicted_MB"]
+        show("causal attention", rows, columns, settings=settings, common=common)
+        file.announce()
 
 
-def attention_row(
+def time_attention(
     attention: AttentionName,
+    mode: Mode,
+    dtype: DType,
     batch_size: int,
     seq: int,
     dim: int,
-    dtype: DType,
     device: torch.device,
-    *,
-    compiled: bool = False,
-    steps: int = 100,
-    warmup: int = 5,
+    warmup: int,
+    steps: int,
 ) -> Row:
     """Time forward and backward passes of one shape, each by itself and synchronised.
 
     Returns:
-        The shape, and the means and standard deviations in ms. On a GPU "memory_MB" is what tensors hold when
-        the backward pass is about to start (10^6 bytes; without the workspaces of cuBLAS, which stay between
-        calls). "predicted_MB" is the same from the shapes.
+        Means and standard deviations in ms. On a GPU "memory_MB" is what tensors hold when the backward pass is
+        about to start (10^6 bytes; without the workspaces of cuBLAS, which stay between calls).
     """
-    row: Row = {
-        "attention": attention,
-        "mode": "compiled" if compiled else "eager",
-        "dtype": dtype,
-        "batch": batch_size,
-        "dim": dim,
-        "seq": seq,
-    }
-
-    def measure() -> Row:
-        attend = causal_attention(attention)
-        if compiled:
-            torch.compiler.reset()  # kernels of earlier shapes, which torch.compile would keep only so many of
-            attend = torch.compile(attend, dynamic=False)
-        # PyTorch's fused kernels insist on a dimension for the heads.
-        q, k, v, d_out = torch.randn(4, batch_size, 1, seq, dim, device=device, dtype=getattr(torch, dtype))
-        q, k, v, d_out = (tensor.clone() for tensor in (q, k, v, d_out))
-        inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-        forward: list[float] = []
-        backward: list[float] = []
-        held = 0
-        for step in range(warmup + steps):
-            before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-            started = _now(device)
-            output = attend(*inputs)
-            computed = _now(device)
-            held = (torch.cuda.memory_allocated() if device.type == "cuda" else 0) - before
-            resumed = _now(device)
-            output.backward(d_out)
-            finished = _now(device)
-            if step >= warmup:
-                forward.append((computed - started) * 1e3)
-                backward.append((finished - resumed) * 1e3)
-            del output
-            for tensor in inputs:
-                tensor.grad = None
-        result: Row = {
-            "forward_ms": statistics.fmean(forward),
-            "backward_ms": statistics.fmean(backward),
-            "forward_std_ms": statistics.pstdev(forward),
-            "backward_std_ms": statistics.pstdev(backward),
-        }
-        if device.type == "cuda":
-            result["memory_MB"] = (held + 4 * q.numel() * q.element_size()) / 1e6
-        return result | {"status": "ok"}
-
-    predicted = predicted_bytes(attention, batch_size, seq, dim, getattr(torch, dtype).itemsize)
-    if not (compiled and attention == "plain"):  # there the compiler chooses what to keep and what to compute again
-        row["predicted_MB"] = predicted / 1e6
-    return row | guarded(measure)
+    attend = causal_attention(attention)
+    if mode == "compiled":
+        torch.compiler.reset()  # kernels of earlier shapes, which torch.compile would keep only so many of
+        attend = torch.compile(attend, dynamic=False)
+    # PyTorch's fused kernels insist on a dimension for the heads.
+    shape = batch_size, 1, seq, dim
+    q, k, v, d_out = (torch.randn(shape, device=device, dtype=getattr(torch, dtype)) for _ in range(4))
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    forward: list[float] = []
+    backward: list[float] = []
+    held = 0
+    for _ in range(warmup + steps):
+        before = _allocated(device)
+        started = now_ms(device)
+        output = attend(*inputs)
+        computed = now_ms(device)
+        held = _allocated(device) - before
+        resumed = now_ms(device)
+        output.backward(d_out)
+        backward.append(now_ms(device) - resumed)
+        forward.append(computed - started)
+        del output
+        for tensor in inputs:
+            tensor.grad = None
+    row: Row = {}
+    for which, times in (("forward", forward[warmup:]), ("backward", backward[warmup:])):
+        row |= {f"{which}_ms": statistics.fmean(times), f"{which}_std_ms": statistics.pstdev(times)}
+    if device.type == "cuda":
+        row["memory_MB"] = (held + 4 * q.numel() * q.element_size()) / 1e6
+    return row
 
 
-def predicted_bytes(attention: AttentionName, batch_size: int, seq: int, dim: int, bytes_per_number: int) -> int:
+def predicted_bytes(attention: AttentionName, batch_size: int, seq: int, dim: int, dtype: DType) -> int:
     """What an eager attention holds just before its backward pass, in bytes, one head a sequence.
 
     All hold Q, K, V, the output and its gradient. Plain attention adds two squares for each sequence (the
     exponentials of the scores, which the softmax keeps, and the probabilities), the exponentials' row sums, and
     one mask of a byte an entry. The others add the log-sum-exp of each row in float32.
     """
+    bytes_per_number = getattr(torch, dtype).itemsize
     tensors = 5 * batch_size * seq * dim * bytes_per_number
     if attention == "plain":
         return tensors + batch_size * (2 * seq * seq + seq) * bytes_per_number + seq * seq
     return tensors + batch_size * seq * 4
 
 
-def guarded(function: Callable[[], Row]) -> Row:
-    """The row that `function` measures, or one whose status is "out of memory" or "unsupported"."""
-
-    def attempt() -> Row:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                return function()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                if "out of memory" in str(error):  # as compilers wrap it
-                    raise torch.OutOfMemoryError(str(error)) from error
-                if "CUDA error" in str(error):  # the device is lost: no later row would mean anything
-                    raise
-                return {"status": UNSUPPORTED, "reason": _reason(error, [str(one.message) for one in caught])}
-
-    return or_out_of_memory(attempt)
-
-
-def save_quietly(folder: Path, name: str, what: str, rows: list[Row], device: torch.device, **extra: object) -> None:
-    """Write the rows so far, so that an interrupted run keeps them; only the last writing is announced."""
-    with contextlib.redirect_stdout(None):
-        write_result(folder, name, what, rows, device, **extra)
-
-
-def check_options(command: object, *names: str, least: int = 1) -> None:
-    """Raise a ValueError if one of these numbers (or tuples of numbers) of a command is below `least`."""
-    options = asdict(command)  # type: ignore[call-overload]
-    for name in names:
-        values = options[name] if isinstance(options[name], tuple) else (options[name],)
-        if not values:
-            raise ValueError(f"{name} is empty, but must name at least one value")
-        if min(values) < least:
-            raise ValueError(f"{name} has {min(values)}, but must be at least {least}")
-
-
-def in_columns(rows: list[Row], titles: dict[str, str]) -> list[Row]:
-    """The rows with these columns alone, in this order and under these titles, for a table."""
-    present = {key: title for key, title in titles.items() if any(key in row for row in rows)}
-    return [{title: row.get(key) for key, title in present.items()} for row in rows]
-
-
-def print_reasons(rows: list[Row], key: str) -> None:
-    """Say once for each value of `key` why rows of it have no times."""
-    for line in dict.fromkeys(f"{row[key]}: {row['reason']}" for row in rows if "reason" in row):
-        print(line)
-
-
-def _now(device: torch.device) -> float:
-    synchronize(device)
-    return time.perf_counter()
-
-
-def _reason(error: Exception, warned: list[str]) -> str:
-    """The first line that says why; PyTorch warns of what its kernels lack before it raises "no kernel"."""
-    lines = [text.splitlines()[0].split(" (Triggered")[0] for text in warned if text]
-    why = [line for line in lines if not line.endswith("because:") and "runtime disabled" not in line]
-    if "o available kernel" in str(error) and why:
-        return why[0]
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

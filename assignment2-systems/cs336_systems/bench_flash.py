@@ -1,28 +1,34 @@
 """FlashAttention beside plain attention and PyTorch's fused kernels: time, TFLOP/s and peak memory over a grid."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch._functorch.config as functorch_config
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from cs336_basics.model import CausalAttention
 from cs336_systems.attention import AttentionName, causal_attention
-from cs336_systems.bench_attention import DType, check_options, guarded, in_columns, print_reasons, save_quietly
-from cs336_systems.measure import Row, default_device, median_ms, peak_bytes, show, write_result
+from cs336_systems.bench_attention import DType
+from cs336_systems.measure import (
+    OK,
+    Measurement,
+    Row,
+    check_options,
+    device_named,
+    gpu_or_cpu,
+    grid,
+    guarded,
+    median_ms,
+    peak_bytes,
+    run_grid,
+    show,
+)
 
-#: flex: PyTorch's FlexAttention, compiled, with a causal block mask.
-Implementation = AttentionName | Literal["flex"]
-Pass = Literal["forward", "backward", "both"]
+FlashPass = Literal["forward", "backward", "both"]
 
 #: What stands in a row where output or gradients are not those of attention. Its times are not measured.
 WRONG = "wrong"
@@ -30,83 +36,71 @@ WRONG = "wrong"
 CHECKED_SEQ = 4096
 #: The largest error that passes, as a share of the largest entry; bfloat16 and TF32 stay far below it.
 TOLERANCE = 0.05
-#: The columns that fit a terminal, and their titles there.
-_SHOWN = {
-    "seq": "seq", "implementation": "attention", "forward_ms": "forward", "backward_ms": "backward",
-    "both_ms": "both", "forward_TFLOP/s": "TFLOP/s forward", "both_TFLOP/s": "TFLOP/s both", "peak_MB": "peak",
-    "status": "status",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class BenchFlash:
+class BenchFlash(Measurement):
     """Time attention kernels over sequence lengths, widths and dtypes; batch 1, causal."""
 
-    seqs: tuple[int, ...] = tuple(2**power for power in range(7, 17))
-    """Sequence lengths."""
-    dims: tuple[int, ...] = (16, 32, 64, 128)
-    """Widths of a head."""
+    attentions: tuple[AttentionName, ...] = gpu_or_cpu(
+        ("plain", "flash", "sdpa-flash", "sdpa-cudnn", "flex"), ("plain", "flash-pytorch", "sdpa-flash")
+    )
+    """plain: Assignment 1's. flash: ours. flash-pytorch: its reference. sdpa-*, flex: PyTorch's."""
     dtypes: tuple[DType, ...] = ("bfloat16", "float32")
     """Precisions of queries, keys and values."""
+    dims: tuple[int, ...] = gpu_or_cpu((16, 32, 64, 128), (64,))
+    """Widths of a head."""
+    seqs: tuple[int, ...] = gpu_or_cpu(tuple(2**power for power in range(7, 17)), (128, 256))
+    """Sequence lengths."""
     heads: int = 1
     """Heads. The leaderboard has 16."""
-    implementations: tuple[Implementation, ...] = ("plain", "flash", "sdpa-flash", "sdpa-cudnn", "flex")
-    """plain: Assignment 1's attention. flash: ours. flash-pytorch: its reference. sdpa-*: PyTorch's
-    FlashAttention-2 and cuDNN kernels. flex: FlexAttention, compiled."""
-    rep_ms: int = 100
+    rep_ms: int = gpu_or_cpu(100, 20)
     """How long each median is measured, in ms."""
     name: str = "bench_flash"
-    """The result is written to <out>/<name>.json."""
-    out: Path = Path("results")
-    """Folder for the result."""
 
     def execute(self) -> None:
         check_options(self, "seqs", "dims", "heads", "rep_ms")
-        device = default_device()
-        what = f"causal attention, batch 1, heads {self.heads}: median times of do_bench, causal FLOPs"
-        extra = {"float32_matmul_precision": torch.get_float32_matmul_precision()}
-        rows: list[Row] = []
-        cases = list(product(self.dtypes, self.dims, self.seqs, self.implementations))
-        with _progress() as progress:
-            task = progress.add_task("", total=len(cases))
-            for dtype, dim, seq, implementation in cases:
-                progress.update(task, description=f"{implementation}, {dtype}, d {dim}, seq {seq}")
-                rows.append(flash_row(implementation, self.heads, seq, dim, dtype, device, self.rep_ms))
-                progress.advance(task)
-                if len(rows) % len(self.implementations) == 0:
-                    save_quietly(self.out, self.name, what, rows, device, **extra)
-        for dtype, dim in product(self.dtypes, self.dims):
-            chosen = [row for row in rows if (row["dtype"], row["dim"]) == (dtype, dim)]
-            title = f"{dtype}, d {dim}, heads {self.heads}; forward, backward and both in ms, TFLOP/s, peak in MB"
-            show(title, in_columns(chosen, _SHOWN))
-        print_reasons(rows, "implementation")
-        write_result(self.out, self.name, what, rows, device, **extra)
+        device = device_named(self.device)
+        cases = grid(dtype=self.dtypes, dim=self.dims, seq=self.seqs, attention=self.attentions)
+        precision = torch.get_float32_matmul_precision()
+        file = self.result_file(
+            "causal attention, batch 1: medians of do_bench, causal FLOPs, MB of 10^6 bytes", device,
+            heads=self.heads, float32_matmul_precision=precision,
+        )  # fmt: skip
+
+        def measure(case: Row) -> Row:
+            return flash_row(
+                case["attention"], self.heads, case["seq"], case["dim"], case["dtype"], device, self.rep_ms
+            )
+
+        rows = run_grid(cases, measure, file)
+        columns = (
+            "seq", "attention", "forward_ms", "backward_ms", "both_ms", "forward_TFLOP/s", "both_TFLOP/s", "peak_MB",
+        )  # fmt: skip
+        for table in grid(dtype=self.dtypes, dim=self.dims):
+            chosen = [row for row in rows if row.items() >= table.items()]
+            show("causal attention", chosen, columns, common=table | {"heads": self.heads})
+        file.announce()
 
 
 def flash_row(
-    implementation: Implementation, heads: int, seq: int, dim: int, dtype: DType, device: torch.device, rep_ms: int
+    attention: AttentionName, heads: int, seq: int, dim: int, dtype: DType, device: torch.device, rep_ms: int
 ) -> Row:
     """Check, then time, one implementation on [1 heads seq dim] random inputs.
 
     Returns:
-        The shape; "error" (see `largest_error`) up to `CHECKED_SEQ`; for "forward", "backward" and "both" the
-        median in ms and TFLOP/s; on a GPU "peak_MB", the most that tensors held in forward and backward, inputs
-        included (10^6 bytes); "status" and, where it is not "ok", mostly a "reason". What was measured before
-        memory ran out stays in the row.
+        "error" (see `largest_error`) up to `CHECKED_SEQ`; for "forward", "backward" and "both" the median in ms
+        and TFLOP/s; on a GPU "peak_MB", the most that tensors held in forward and backward, inputs included (10^6
+        bytes); "status" and, where it is not "ok", mostly a "reason". What was measured before memory ran out
+        stays in the row.
     """
-    row: Row = {"implementation": implementation, "dtype": dtype, "heads": heads, "dim": dim, "seq": seq}
-    attend: CausalAttention
-    tensors: tuple[Tensor, ...]
-
-    def prepare() -> Row:
-        nonlocal attend, tensors
-        if implementation == "flex":
-            torch.compiler.reset()  # kernels of earlier shapes, which torch.compile would keep only so many of
-        attend = find(implementation, seq, device)
-        tensors = random_inputs(1, heads, seq, dim, dtype=getattr(torch, dtype), device=device)
-        return {}
+    if attention == "flex":
+        torch.compiler.reset()  # kernels of earlier shapes, which torch.compile would keep only so many of
+    attend = causal_attention(attention)
+    tensors: list[Tensor] = []
 
     def check() -> Row:
+        tensors.extend(random_inputs(1, heads, seq, dim, dtype=getattr(torch, dtype), device=device))
         return check_row(attend, *tensors) if seq <= CHECKED_SEQ else {}
 
     def forward() -> Row:
@@ -124,34 +118,24 @@ def flash_row(
         del output
         return result | speed("both", lambda: with_gradients(attend, *tensors))
 
-    def speed(which: Pass, function: Callable[[], object]) -> Row:
+    def speed(which: FlashPass, function: Callable[[], object]) -> Row:
         ms = median_ms(function, device, rep_ms=rep_ms)
         return {f"{which}_ms": ms, f"{which}_TFLOP/s": attention_flops(heads, seq, dim, which) / ms / 1e9}
 
+    row: Row = {}
     # A compiled backward pass that reuses the forward's buffers could not be called over and over.
     with functorch_config.patch(donated_buffer=False):
-        for part in (prepare, check, forward, backward):
-            row |= {"status": "ok"} | guarded(part)
-            if row["status"] != "ok":
+        for part in (check, forward, backward):
+            row |= guarded(part)
+            if row["status"] != OK:
                 break
     return row
 
 
-def attention_flops(heads: int, seq: int, dim: int, which: Pass = "forward") -> float:
+def attention_flops(heads: int, seq: int, dim: int, which: FlashPass = "forward") -> float:
     """FLOPs of causal attention: two products of 2 · seq² · dim a head, half of it masked; backward has 2.5 times."""
     forward = heads * 2 * (2 * seq * seq * dim) / 2
     return forward * {"forward": 1.0, "backward": 2.5, "both": 3.5}[which]
-
-
-def find(implementation: Implementation, seq: int, device: torch.device) -> CausalAttention:
-    """The attention of that name for sequences of `seq`, on [batch heads seq d] tensors."""
-    if implementation == "flex":
-        from torch.nn.attention.flex_attention import flex_attention
-
-        flex = torch.compile(flex_attention, dynamic=False)
-        block_mask = _causal_block_mask(seq, device)
-        return lambda q, k, v: flex(q, k, v, block_mask=block_mask)
-    return causal_attention(implementation)
 
 
 def random_inputs(
@@ -189,23 +173,3 @@ def check_row(attend: CausalAttention, q: Tensor, k: Tensor, v: Tensor, d_out: T
     if error <= TOLERANCE:
         return {"error": error}
     return {"status": WRONG, "reason": f"output or gradients are off by {error:.2g} of the largest entry"}
-
-
-@functools.cache
-def _causal_block_mask(seq: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query >= key
-
-    # Compiled, it never holds the [seq seq] mask, of 4 GB at 65536.
-    create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-    return create(causal, None, None, seq, seq, device=device.type)
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        MofNCompleteColumn(), BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip

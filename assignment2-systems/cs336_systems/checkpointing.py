@@ -13,14 +13,11 @@ Chen's groups are best where A = s. A Transformer's block saves far more than it
 here single blocks hold less. Nesting holds least, for (log₂(N) + 1)/2 more forward passes in place of one.
 """
 
-import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,79 +25,44 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cs336_basics.model import BasicsTransformerLM
-from cs336_systems.attention import AttentionName
-from cs336_systems.measure import Row, or_out_of_memory, peak_bytes, synchronize, write_result
-from cs336_systems.training_step import (
-    LossName,
-    SizeName,
-    StepConfig,
-    TrainingStep,
-    device_named,
-    model_config,
-    show_grid,
-)
+from cs336_systems.measure import Row, check_options, device_named, gpu_or_cpu, peak_bytes, run_grid, show, times_ms
+from cs336_systems.models import SizeName
+from cs336_systems.training_step import StepConfig, StepGrid, TrainingStep
 
 CheckpointStrategy = Literal["none", "block", "group", "nested"]
-SETTINGS = ("size", "context", "strategy")
 
 
 @dataclass(frozen=True)
-class Checkpointing:
+class Checkpointing(StepGrid):
     """Compare gradient checkpointing strategies: what they keep, the peak of memory, and their time."""
 
-    sizes: tuple[SizeName, ...] = ("xl",)
-    """Model sizes."""
-    contexts: tuple[int, ...] = (512,)
-    """Context lengths in tokens."""
+    sizes: tuple[SizeName, ...] = gpu_or_cpu(("xl",), ("tiny",))
+    contexts: tuple[int, ...] = gpu_or_cpu((512,), (128,))
     strategies: tuple[CheckpointStrategy, ...] = ("none", "group", "block", "nested")
     """Checkpoint nothing, groups of blocks, each block, or halves of halves."""
     group_size: int | None = None
     """Blocks per group. Default: the square root of the number of blocks."""
-    batch_size: int = 4
-    """Sequences per step."""
-    attention: AttentionName = "plain"
-    """Which attention."""
-    bf16: bool = False
-    """Run forward and backward pass under bfloat16 autocast."""
-    loss: LossName = "plain"
-    """Logits and cross-entropy, or both fused."""
     warmup: int = 2
     """Steps before the clock starts."""
     steps: int = 5
     """Forward and backward passes that are timed."""
-    device: str = "auto"
-    """cpu (without the columns of peak memory), cuda, or auto for a GPU if there is one."""
     name: str = "checkpointing"
-    """The result is written to <out>/<name>.json."""
-    out: Path = Path("results")
-    """Folder for the result."""
 
     def execute(self) -> None:
-        if self.steps < 1 or self.warmup < 0:
-            raise ValueError(f"{self.steps} steps after {self.warmup} warm-up steps: time at least 1 step after 0")
-        _check_group_size(self.group_size)
+        check_options(self, "steps", "group_size")
+        check_options(self, "warmup", least=0)
         device = device_named(self.device)
-        cases = list(itertools.product(self.sizes, self.contexts, self.strategies))
-        configs = [
-            StepConfig(
-                model_config(size, context), device, self.batch_size, self.attention, self.bf16, loss=self.loss
-            )
-            for size, context, _ in cases
-        ]  # fmt: skip
-        rows = [
-            dict(zip(SETTINGS, case))
-            | or_out_of_memory(
-                partial(measure_checkpointing, config, case[2], self.group_size, self.warmup, self.steps)
-            )
-            for case, config in zip(cases, configs)
-        ]
-        common = {
-            "batch_size": self.batch_size, "attention": self.attention,
-            "precision": "bf16" if self.bf16 else "fp32", "loss": self.loss,
-        }  # fmt: skip
-        what = "forward and backward pass, memory in MB of 10^6 bytes"
-        show_grid(what, common, rows, SETTINGS)
-        write_result(self.out, self.name, f"gradient checkpointing, {what}", rows, device, **common)
+        cases = self.cases(device, strategy=self.strategies)
+        what = "forward and backward pass with gradient checkpointing"
+        file = self.result_file(what, device, batch_size=self.batch_size)
+
+        def measure(case: Row) -> Row:
+            config = self.step_config(case, device)
+            return measure_checkpointing(config, case["strategy"], self.group_size, self.warmup, self.steps)
+
+        rows = run_grid(cases, measure, file)
+        show(what, rows, settings=list(cases[0]), common={"batch_size": self.batch_size})
+        file.announce()
 
 
 def apply_checkpointing(
@@ -115,7 +77,8 @@ def apply_checkpointing(
         strategy: see the head of this module.
         group_size: blocks per group. Default: √N, rounded.
     """
-    _check_group_size(group_size)
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"the group size is {group_size}, but must be at least 1 block")
     blocks = blocks_of(model)
     model.layers = nn.ModuleList(blocks) if strategy == "none" else CheckpointedLayers(blocks, strategy, group_size)
 
@@ -166,11 +129,6 @@ def _nested(blocks: Sequence[nn.Module], x: Tensor, *rest: object) -> Tensor:
 def _checkpointed(function: Callable[..., Tensor], x: Tensor, *rest: object) -> Tensor:
     # The models have no dropout: there is no state of a random generator to keep.
     return checkpoint(function, x, *rest, use_reentrant=False, preserve_rng_state=False)
-
-
-def _check_group_size(group_size: int | None) -> None:
-    if group_size is not None and group_size < 1:
-        raise ValueError(f"the group size is {group_size}, but must be at least 1 block")
 
 
 @dataclass(frozen=True)
@@ -251,7 +209,7 @@ def predicted_bytes(
 def measure_checkpointing(
     config: StepConfig, strategy: CheckpointStrategy, group_size: int | None, warmup: int, steps: int
 ) -> Row:
-    """Saved and peak activation bytes of a strategy, measured and predicted, and the time it takes.
+    """Saved and peak activations of a strategy, measured and predicted, in MB of 10^6 bytes, and the time it takes.
 
     The gradients are there before the step that is measured, so that its peak above the level before it is what
     activations and temporary tensors take.
@@ -266,8 +224,8 @@ def measure_checkpointing(
     step.forward_backward()
     row: Row = {
         "forwards": forwards.count / blocks,
-        "saved_mb": saved_bytes(step.forward, step.model.parameters()) / 1e6,
-        "predicted_saved_mb": kept / 1e6,
+        "saved_MB": saved_bytes(step.forward, step.model.parameters()) / 1e6,
+        "predicted_saved_MB": kept / 1e6,
     }
     forwards.remove()
     if config.device.type == "cuda":
@@ -276,18 +234,9 @@ def measure_checkpointing(
             step.forward().backward()
 
         before = torch.cuda.memory_allocated(config.device)
-        row["peak_mb"] = (peak_bytes(accumulate, config.device) - before) / 1e6
-        row["predicted_peak_mb"] = peak / 1e6
-    for _ in range(warmup):
-        step.forward_backward()
-    times = []
-    for _ in range(steps):
-        synchronize(config.device)
-        started = time.perf_counter()
-        step.forward_backward()
-        synchronize(config.device)
-        times.append((time.perf_counter() - started) * 1e3)
-    row["step_ms"] = statistics.median(times)
+        row["peak_MB"] = (peak_bytes(accumulate, config.device) - before) / 1e6
+        row["predicted_peak_MB"] = peak / 1e6
+    row["step_ms"] = statistics.median(times_ms(step.forward_backward, config.device, warmup, steps))
     return row
 
 

@@ -4,30 +4,42 @@ Ours is called as the course calls it. PyTorch's kernels and the device's ceilin
 that a warm or a busy minute meets all of them.
 """
 
+import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cs336_basics.model import CausalAttention
-from cs336_systems.bench_attention import check_options, guarded, in_columns, print_reasons, save_quietly
-from cs336_systems.bench_flash import CHECKED_SEQ, Implementation, attention_flops, check_row, find, random_inputs
+from cs336_systems.attention import AttentionName, causal_attention
+from cs336_systems.bench_flash import CHECKED_SEQ, attention_flops, check_row, random_inputs
 from cs336_systems.flash_attention import FlashAttentionTriton
-from cs336_systems.measure import Row, default_device, median_ms, show, synchronize, write_result
+from cs336_systems.measure import (
+    OK,
+    Measurement,
+    ResultFile,
+    Row,
+    check_options,
+    device_named,
+    guarded,
+    median_ms,
+    progress,
+    show,
+    times_ms,
+)
 
-Peer = Literal["plain", "sdpa-flash", "sdpa-cudnn", "flex"]
-
-OURS: Implementation = "flash"
+OURS: AttentionName = "flash"
+#: Side of the square bfloat16 product that gives the ceiling of TFLOP/s.
+MATMUL_SIZE = 8192
+#: The copy on the device that gives the ceiling of its bandwidth, in MB of 10^6 bytes.
+COPY_MB = 1024
 
 
 @dataclass(frozen=True)
-class Leaderboard2025:
+class Leaderboard2025(Measurement):
     """Time our FlashAttention at the leaderboard's shape, beside PyTorch's kernels and the device's ceilings."""
 
     heads: int = 16
@@ -36,96 +48,81 @@ class Leaderboard2025:
     """Sequence length."""
     dim: int = 64
     """Width of a head."""
-    peers: tuple[Peer, ...] = ("sdpa-flash", "sdpa-cudnn", "flex")
-    """What is timed beside ours: plain (Assignment 1's attention), PyTorch's FlashAttention-2 and cuDNN kernels,
-    and FlexAttention."""
+    peers: tuple[AttentionName, ...] = ("sdpa-flash", "sdpa-cudnn", "flex")
+    """What is timed beside ours."""
     rounds: int = 3
     """Rounds, each of which times everything once."""
     rep_ms: int = 1000
     """How long each median of a round is measured, in ms."""
-    course: bool = True
-    """Also time ours by the course's own call, the mean of do_bench(rep=10000, warmup=1000). Needs a GPU."""
-    check: bool = True
-    """First compare ours with float32 attention, on a sequence of at most 4096."""
-    matmul_size: int = 8192
-    """Side of the square bfloat16 product that gives the ceiling of TFLOP/s."""
-    copy_mb: int = 1024
-    """Size of the copy on the device that gives the ceiling of its bandwidth, in MB of 10^6 bytes."""
     name: str = "leaderboard_2025"
-    """The result is written to <out>/<name>.json."""
-    out: Path = Path("results")
-    """Folder for the result."""
 
     def execute(self) -> None:
-        check_options(self, "heads", "seq", "dim", "rounds", "rep_ms", "matmul_size", "copy_mb")
-        device = default_device()
+        check_options(self, "heads", "seq", "dim", "rounds", "rep_ms")
+        device = device_named(self.device)
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"the leaderboard times Triton kernels, but the device is {device}; run it on a GPU")
         what = f"forward and backward of causal attention, [{self.heads} {self.seq} {self.dim}] bfloat16, .sum() loss"
-
-        def save(rows: list[Row], ceilings: Row) -> None:
-            save_quietly(self.out, self.name, what, rows, device, ceilings=ceilings)
-
-        rows, ceilings = leaderboard_rows(self, device, save)
-        # What a terminal has room for, and the status last; all columns are in the file.
-        shown = ("attention", "first_call_s", "ms", "TFLOP/s", "of_matmul", "vs_ours", "course_ms", "status")
-        show(what, in_columns(rows, dict(zip(shown, shown))))
-        print_reasons(rows, "attention")
+        file = self.result_file(what, device)
+        rows, ceilings = leaderboard_rows(self, device, file)
+        show(what, rows, ("attention", "first_call_s", "ms", "TFLOP/s", "of_matmul", "vs_ours", "course_ms", "error"))
         show("ceilings of the device, measured in the same rounds", [ceilings])
-        write_result(self.out, self.name, what, rows, device, ceilings=ceilings)
+        file.announce()
 
 
-def leaderboard_rows(
-    options: Leaderboard2025, device: torch.device, save: Callable[[list[Row], Row], None]
-) -> tuple[list[Row], Row]:
-    """Time everything; `save` is called with what there is after each round.
+def leaderboard_rows(options: Leaderboard2025, device: torch.device, file: ResultFile) -> tuple[list[Row], Row]:
+    """Time everything; what there is after each round is written to `file`.
 
     Returns:
         A row each: "first_call_s" with compilation and autotuning; "ms", "min_ms" and "max_ms", the median,
         fastest and slowest of the rounds' medians; "TFLOP/s"; "of_matmul", its share of the ceiling; "vs_ours",
-        the time divided by ours; for ours "course_ms", by the course's call. And the ceilings: "matmul_TFLOP/s",
-        and "copy_GB/s" of bytes read and written.
+        the time divided by ours. For ours also "error" (see `bench_flash.largest_error`) and, on a GPU,
+        "course_ms", by the course's call: the mean of do_bench(rep=10000, warmup=1000). And the ceilings:
+        "matmul_TFLOP/s", and "copy_GB/s" of bytes read and written.
     """
     q, k, v = torch.randn(
         3, options.heads, options.seq, options.dim, device=device, dtype=torch.bfloat16, requires_grad=True
     )
-    names: tuple[Implementation, ...] = (OURS, *options.peers)
-    rows: list[Row] = [{"attention": name, "status": "ok"} for name in names]
+    names: tuple[AttentionName, ...] = (OURS, *options.peers)
+    rows: list[Row] = []
     steps: dict[str, Callable[[], None]] = {}
 
-    def first_call(name: Implementation) -> Row:
-        attend = _ours() if name == OURS else _without_batch(find(name, options.seq, device))
+    def first_call(name: AttentionName) -> Row:
+        attend = _ours() if name == OURS else _without_batch(causal_attention(name))
 
         def forward_backward() -> None:
             attend(q, k, v).sum().backward()
 
-        started = time.perf_counter()
-        forward_backward()
-        synchronize(device)
+        (taken,) = times_ms(forward_backward, device, warmup=0, steps=1)
         steps[name] = forward_backward
-        return {"first_call_s": time.perf_counter() - started}
-
-    for row, name in zip(rows, names):
-        row |= guarded(partial(first_call, name))
-    # After the first call, whose seconds would else lack the kernels that the check compiles.
-    if options.check and rows[0]["status"] == "ok":
-        rows[0] |= guarded(lambda: _check(options, device))
+        return {"first_call_s": taken / 1e3}
 
     taken: dict[str, list[float]] = {name: [] for name in names}
     ceilings: list[Row] = []
     summary: Row = {}
-    for _ in range(options.rounds):
-        for row in rows:
-            if row["status"] == "ok":
-                row |= guarded(partial(_time, steps[row["attention"]], taken[row["attention"]], options, device))
-        ceilings.append(guarded(lambda: _ceilings(options, device)))
-        summary = _summary(ceilings)
-        for row in rows:
-            if times := taken[row["attention"]]:
-                row |= _speed(times, taken[OURS], options, summary)
-        save(rows, summary)
-    if options.course and device.type == "cuda" and rows[0]["status"] == "ok":
-        from triton.testing import do_bench
+    with progress(len(names) + options.rounds + 1) as start:
+        for name in names:
+            start(f"first call of {name}")
+            rows.append({"attention": name} | guarded(partial(first_call, name)))
+        # After the first call, whose seconds would else lack the kernels that the check compiles.
+        if rows[0]["status"] == OK:
+            rows[0] |= guarded(lambda: _check(options, device))
+        for number in range(1, options.rounds + 1):
+            start(f"round {number}")
+            for row in rows:
+                if row["status"] == OK:
+                    row |= guarded(partial(_time, steps[row["attention"]], taken[row["attention"]], options, device))
+            ceilings.append(guarded(lambda: _ceilings(options, device)))
+            summary = _summary(ceilings)
+            for row in rows:
+                if times := taken[row["attention"]]:
+                    row |= _speed(times, taken[OURS], options, summary)
+            file.write(rows, ceilings=summary)
+        start("the course's call")
+        if device.type == "cuda" and rows[0]["status"] == OK:
+            from triton.testing import do_bench
 
-        rows[0] |= guarded(lambda: {"course_ms": float(do_bench(steps[OURS], rep=10_000, warmup=1000))})
+            rows[0] |= guarded(lambda: {"course_ms": float(do_bench(steps[OURS], rep=10_000, warmup=1000))})
+            file.write(rows, ceilings=summary)
     return rows, summary
 
 
@@ -154,13 +151,13 @@ def _time(step: Callable[[], None], times: list[float], options: Leaderboard2025
 
 
 def _ceilings(options: Leaderboard2025, device: torch.device) -> Row:
-    size = options.matmul_size
+    size = MATMUL_SIZE
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     matmul_ms = median_ms(lambda: a @ b, device, rep_ms=options.rep_ms)
-    source = torch.zeros(options.copy_mb * 10**6, device=device, dtype=torch.uint8)
+    source = torch.zeros(COPY_MB * 10**6, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     copy_ms = median_ms(lambda: target.copy_(source), device, rep_ms=options.rep_ms)
-    return {"matmul_TFLOP/s": 2 * size**3 / matmul_ms / 1e9, "copy_GB/s": 2 * options.copy_mb / copy_ms}
+    return {"matmul_TFLOP/s": 2 * size**3 / matmul_ms / 1e9, "copy_GB/s": 2 * COPY_MB / copy_ms}
 
 
 def _summary(rounds: list[Row]) -> Row:

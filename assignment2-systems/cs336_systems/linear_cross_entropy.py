@@ -25,6 +25,7 @@ from torch import Tensor
 from cs336_basics.nn_utils import cross_entropy
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _INTERPRETED = triton.knobs.runtime.interpret
 
 #: A chunk has about this many logits (256 MiB in bfloat16) ...
@@ -91,7 +92,7 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens:
             f"hidden is {tuple(hidden.shape)} and weight {tuple(weight.shape)}, but must be [... d_model] and "
             "[vocab d_model] with d_model and vocab of at least 1"
         )
-    if hidden.shape[:-1] != targets.shape or targets.dtype.is_floating_point:
+    if hidden.shape[:-1] != targets.shape or targets.dtype not in _TARGET_DTYPES:
         raise ValueError(
             f"targets are {tuple(targets.shape)} of {targets.dtype}, but must be one token id for each of "
             f"{tuple(hidden.shape[:-1])}"
@@ -228,6 +229,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 @no_type_check
 def _backward(ctx, d_loss, _d_hidden, _d_weight):
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear_cross_entropy has no second derivatives: leave out create_graph=True")
     if d_loss is None:
         return (None,) * 7
     d_hidden, d_weight = ctx.saved_tensors

@@ -5,29 +5,16 @@ import itertools
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from cs336_systems.attention import AttentionName
-from cs336_systems.measure import Row, or_out_of_memory, peak_bytes, write_result
-from cs336_systems.training_step import (
-    LossName,
-    OptimizerName,
-    Pass,
-    SizeName,
-    StepConfig,
-    TrainingStep,
-    device_named,
-    model_config,
-    show_grid,
-)
-
-Precision = Literal["fp32", "bf16"]
-SETTINGS = ("size", "context", "pass", "precision")
+from cs336_systems.measure import Row, device_named, peak_bytes, run_grid, show
+from cs336_systems.models import SizeName
+from cs336_systems.training_step import Pass, Precision, StepConfig, StepGrid, TrainingStep
 
 #: The CUDA allocator hands out multiples of this many bytes.
 GRANULE = 512
@@ -38,35 +25,18 @@ _OURS = re.compile(r"/cs336_(basics|systems)/(\w+/)?\w+\.py$")
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Measure peak memory over sizes, contexts, passes and precisions; draw what is in it over time."""
+class Memory(StepGrid):
+    """Measure peak memory over a grid of models; draw what is in it over time. Needs an NVIDIA GPU."""
 
     sizes: tuple[SizeName, ...] = ("2.7B",)
-    """Model sizes."""
     contexts: tuple[int, ...] = (128, 256, 512)
-    """Context lengths in tokens."""
+    precisions: tuple[Precision, ...] = ("fp32", "bf16")
     passes: tuple[Pass, ...] = ("inference", "full")
     """inference: a forward pass without autograd; forward: with it; full: with the optimizer's step."""
-    precisions: tuple[Precision, ...] = ("fp32", "bf16")
-    """bf16 runs forward and backward pass under autocast; parameters stay float32."""
-    batch_size: int = 4
-    """Sequences per step."""
-    attention: AttentionName = "plain"
-    """Which attention."""
-    compile: bool = False
-    """Put the model and the loss through torch.compile."""
-    optimizer: OptimizerName = "basics"
-    """Assignment 1's AdamW, or the fused one."""
-    loss: LossName = "plain"
-    """Logits and cross-entropy, or both fused."""
     snapshot: bool = False
-    """Also record every allocation of one step: a .pickle for https://pytorch.org/memory_viz, and a .png."""
-    device: str = "auto"
-    """An NVIDIA GPU: cuda, or auto."""
+    """Also record every allocation of one step of each case and draw it: <out>/<name>_<case>.pickle, for
+    https://pytorch.org/memory_viz, and <out>/<name>_<case>.png."""
     name: str = "memory"
-    """Results are written to <out>/<name>.json and <out>/<name>_<size>_<context>_<pass>_<precision>.png."""
-    out: Path = Path("results")
-    """Folder for the results."""
 
     def execute(self) -> None:
         device = device_named(self.device)
@@ -74,24 +44,16 @@ class Memory:
             raise ValueError(
                 f"memory is read from the CUDA allocator, but the device is {device}; run this on an NVIDIA GPU"
             )
-        cases = list(itertools.product(self.sizes, self.contexts, self.passes, self.precisions))
-        configs = [
-            StepConfig(
-                model_config(size, context), device, self.batch_size, self.attention,
-                precision == "bf16", self.compile, self.optimizer, self.loss,
-            )
-            for size, context, _, precision in cases
-        ]  # fmt: skip
-        rows: list[Row] = []
-        for case, config in zip(cases, configs):
-            stem = self.out / "_".join([self.name, *map(str, case)]) if self.snapshot else None
-            rows.append(dict(zip(SETTINGS, case)) | or_out_of_memory(partial(measure_memory, config, case[2], stem)))
-        common = {
-            "batch_size": self.batch_size, "attention": self.attention, "compile": self.compile,
-            "optimizer": self.optimizer, "loss": self.loss,
-        }  # fmt: skip
-        show_grid("peak memory in GB of 10^9 bytes", common, rows, SETTINGS)
-        write_result(self.out, self.name, "peak memory of a training step, in bytes", rows, device, **common)
+        cases = self.cases(device, **{"pass": self.passes})
+        file = self.result_file("peak memory of a training step", device, batch_size=self.batch_size)
+
+        def measure(case: Row) -> Row:
+            stem = self.out / "_".join([self.name, *map(str, case.values())]) if self.snapshot else None
+            return measure_memory(self.step_config(case, device), case["pass"], stem)
+
+        rows = run_grid(cases, measure, file)
+        show("peak memory of a training step", rows, settings=list(cases[0]), common={"batch_size": self.batch_size})
+        file.announce()
 
 
 def measure_memory(config: StepConfig, which: Pass, snapshot: Path | None = None) -> Row:
@@ -103,24 +65,23 @@ def measure_memory(config: StepConfig, which: Pass, snapshot: Path | None = None
         snapshot: record one more step and write <snapshot>.pickle and <snapshot>.png.
 
     Returns:
-        GB of tensors before the step and at the peak, and MB (of 2^20 bytes) of one tensor of the residual stream.
+        GB (of 10^9 bytes) of tensors before the step and at the peak, MiB (of 2^20 bytes) of one tensor of the
+        residual stream in float32, and with a snapshot the "largest" allocations.
     """
-    if config.compile:
-        torch.compiler.reset()
     torch._C._cuda_clearCublasWorkspaces()  # of an earlier row; they count as tensors
     step = TrainingStep(config)
     step.run(which)
     before = torch.cuda.memory_allocated(config.device)
     peak = peak_bytes(lambda: step.run(which), config.device)
     row: Row = {
-        "before_gb": before / 1e9,
-        "peak_gb": peak / 1e9,
-        "residual_mb": config.tokens * config.model.d_model * 4 / 2**20,
+        "before_GB": before / 1e9,
+        "peak_GB": peak / 1e9,
+        "residual_MiB": config.tokens * config.model.d_model * 4 / 2**20,
     }
     if snapshot is not None:
         recorded = record_snapshot(step, which, snapshot.with_name(snapshot.name + ".pickle"))
-        model, precision = config.model, "bf16" if config.bf16 else "fp32"
-        title = f"{which}: {model.num_layers} blocks of width {model.d_model}, {precision}, "
+        model = config.model
+        title = f"{which}: {model.num_layers} blocks of width {model.d_model}, {config.precision}, "
         title += f"{config.batch_size} x {model.context_length} tokens"
         plot_timeline(recorded, snapshot.with_name(snapshot.name + ".png"), title)
         row["largest"] = largest_allocations(recorded)
@@ -251,7 +212,7 @@ def largest_allocations(snapshot: dict[str, Any], count: int = 10) -> list[Row]:
             if event["action"] == "alloc":
                 seen[event["size"], allocated_by(event.get("frames", []))] += 1
     return [
-        {"mb": size / 2**20, "times": times, "allocated_by": group}
+        {"MiB": size / 2**20, "times": times, "allocated_by": group}
         for (size, group), times in sorted(seen.items(), reverse=True)[:count]
     ]
 

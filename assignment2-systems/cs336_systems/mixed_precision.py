@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,30 +10,31 @@ from torch import Tensor, nn
 
 from cs336_basics.model import RMSNorm
 from cs336_basics.nn_utils import cross_entropy
-from cs336_systems.measure import Row, default_device, show, write_result
+from cs336_systems.measure import Measurement, Row, device_named, show
 
 HALF = (torch.float16, torch.bfloat16)
 NormName = Literal["LayerNorm", "RMSNorm"]
 
 
 @dataclass(frozen=True)
-class MixedPrecision:
+class MixedPrecision(Measurement):
     """Show where half precision loses, and which dtypes autocast gives a small model; takes a second."""
 
-    out: Path = Path("results")
-    """Folder for mixed_precision.json."""
+    name: str = "mixed_precision"
 
     def execute(self) -> None:
-        device = default_device()
+        device = device_named(self.device)
         tables = {
             "1000 times 0.01, added up": accumulation_rows(),
             f"dtypes of a small model under autocast on {device.type}": dtype_rows(device),
             "RMSNorm of x = scale · normal, largest error relative to float64": rms_norm_rows(device),
         }
         for title, rows in tables.items():
-            show(title, [{key: value for key, value in row.items() if key != "group"} for row in rows])
-        rows = [row for group in tables.values() for row in group]
-        write_result(self.out, "mixed_precision", "; ".join(tables), rows, device)
+            columns = [key for key in rows[0] if key not in ("group", "error")]
+            show(title, rows, columns, digits=6 if "sum" in columns else 2)
+        file = self.result_file("; ".join(tables), device)
+        file.write([row for rows in tables.values() for row in rows])
+        file.announce()
 
 
 def accumulation_rows() -> list[Row]:

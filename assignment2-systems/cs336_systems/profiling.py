@@ -5,10 +5,10 @@ enough for the tables; Nsight Systems shows the same ranges, with the command li
 """
 
 import bisect
-import dataclasses
 import gzip
 import json
 import math
+import os
 import re
 import shlex
 from collections import defaultdict
@@ -24,21 +24,34 @@ from torch.profiler import ProfilerActivity
 from cs336_basics.model import CausalAttention, ModelConfig
 from cs336_basics.nn_utils import softmax
 from cs336_systems.attention import AttentionName, causal_attention
-from cs336_systems.measure import Row, or_out_of_memory, show, synchronize, write_result
+from cs336_systems.measure import (
+    OK,
+    Measurement,
+    Row,
+    check_options,
+    device_named,
+    gpu_or_cpu,
+    guarded,
+    show,
+    synchronize,
+)
+from cs336_systems.models import SizeName, model_config
 from cs336_systems.training_step import (
     PHASES,
     LossName,
+    Mode,
     OptimizerName,
-    SizeName,
+    Precision,
     StepConfig,
     TrainingStep,
-    device_named,
-    model_config,
     phase,
 )
 
 #: Ranges inside attention: three for the plain one, a single one for a fused one.
 PARTS = ("scores", "softmax", "output", "attention")
+
+#: Kernels of each range in the table; the file has all of them.
+SHOWN = 5
 
 #: The kind of work of a kernel (or, on a CPU, of an operator) by its name. The first pattern found counts.
 CATEGORIES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
@@ -63,21 +76,21 @@ CATEGORIES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
 
 
 @dataclass(frozen=True)
-class Profile:
-    """Show where a training step spends its time: kernels, their kinds, ranges, and a trace to look at."""
+class Profile(Measurement):
+    """Show where a training step spends its time: kernels (on a CPU: operators), their kinds, ranges, and a trace."""
 
-    size: SizeName = "small"
+    size: SizeName = gpu_or_cpu("small", "tiny")
     """Model size."""
-    context: int = 512
+    context: int = gpu_or_cpu(512, 128)
     """Context length in tokens."""
     batch_size: int = 4
     """Sequences per step."""
     attention: AttentionName = "plain"
     """Attention; inside the plain one scores, softmax and output are told apart."""
-    bf16: bool = False
-    """Run forward and backward pass under bfloat16 autocast."""
-    compile: bool = False
-    """Put the model and the loss through torch.compile; the parts of attention are then not told apart."""
+    precision: Precision = "fp32"
+    """bf16 runs forward and backward pass under autocast; parameters stay float32."""
+    mode: Mode = "eager"
+    """compiled puts the model and the loss through torch.compile; attention's parts are then not told apart."""
     optimizer: OptimizerName = "basics"
     """Assignment 1's AdamW, or the fused one."""
     loss: LossName = "plain"
@@ -86,24 +99,18 @@ class Profile:
     """Steps before the profiler starts."""
     steps: int = 3
     """Steps that are profiled; times are means over them."""
-    top: int = 5
-    """Kernels shown per range; the file has all of them."""
     under_nsys: bool = False
     """Leave torch.profiler out and mark the steps for `nsys profile --capture-range=cudaProfilerApi`."""
-    device: str = "auto"
-    """cpu (operators in place of kernels), cuda, or auto for a GPU if there is one."""
     name: str = "profile"
     """Results are written to <out>/<name>.json and <out>/<name>.trace.json.gz."""
-    out: Path = Path("results")
-    """Folder for the results."""
 
     def execute(self) -> None:
-        if self.steps < 1 or self.warmup < 0:
-            raise ValueError(f"{self.steps} steps after {self.warmup} warm-up steps: profile at least 1 step after 0")
+        check_options(self, "context", "batch_size", "steps")
+        check_options(self, "warmup", least=0)
         device = device_named(self.device)
         config = StepConfig(
             model_config(self.size, self.context), device, self.batch_size, self.attention,
-            self.bf16, self.compile, self.optimizer, self.loss,
+            self.precision, self.mode, self.optimizer, self.loss,
         )  # fmt: skip
         if self.under_nsys:
             if device.type != "cuda":
@@ -111,56 +118,42 @@ class Profile:
             _run_for_nsys(config, self.warmup, self.steps)
             return
 
+        settings = {key: value for key, value in vars(self).items() if key not in _NO_SETTINGS}
+        file = self.result_file("kernels of a training step", device, **settings)
         trace_path = self.out / f"{self.name}.trace.json.gz"
-        tables: dict[str, list[Row]] = {}
+        work: list[Work] = []
 
-        def measure() -> Row:
-            work = work_in(record_trace(config, self.warmup, self.steps, trace_path))
-            tables["ranges"] = range_rows(work, self.steps, attention_flops(config.model, self.batch_size))
-            tables["categories"] = category_rows(work, self.steps)
-            tables["kernels"] = kernel_rows(work, self.steps)
+        def record() -> Row:
+            work.extend(work_in(record_trace(config, self.warmup, self.steps, trace_path)))
             return {}
 
-        outcome = or_out_of_memory(measure)
-        unit = "kernels" if device.type == "cuda" else "operators"
-        settings = f"{self.size}, context {self.context}, batch {self.batch_size}, {self.attention} attention, " + (
-            "bf16" if self.bf16 else "fp32"
+        outcome = guarded(record)
+        if outcome["status"] != OK:
+            file.write([outcome])
+            show("a training step", [outcome], common=settings)
+            file.announce()
+            return
+        ranges = range_rows(work, self.steps, flops_by_part(config.model, self.batch_size))
+        kinds, kernels = category_rows(work, self.steps), kernel_rows(work, self.steps)
+        file.write(kernels, ranges=ranges, categories=kinds)
+        unit = "kernel" if device.type == "cuda" else "operator"
+        show("a training step by range", ranges, common=settings)
+        show(f"ms per step by kind of {unit}", kinds)
+        show(
+            f"the longest {unit}s per range and step",
+            [row | {"kernel": short_name(row["kernel"])} for row in kernels if row["rank"] <= SHOWN],
+            ("range", "calls", "ms", "share_%", "kind", "kernel"),
         )
-        if outcome:
-            show(f"profile: {settings}", [outcome])
-        else:
-            shown = [
-                {key: short_name(row["kernel"]) if key == "kernel" else value for key, value in row.items()}
-                for row in tables["kernels"]
-                if row["rank"] <= self.top
-            ]
-            for row in shown:
-                del row["rank"]
-            show(f"a training step by range: {settings}", tables["ranges"])
-            show(f"ms per step by kind of {unit[:-1]}", tables["categories"])
-            show(f"the longest {unit} per range and step", shown)
-        others = {key: rows for key, rows in tables.items() if key != "kernels"}
-        given = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in ("out", "name", "device", "top", "under_nsys")
-        }
-        rows = tables.get("kernels", [outcome])
-        write_result(self.out, self.name, "kernels of a training step", rows, device, settings=given, **others)
-        if not outcome:
-            print(f"written: {trace_path} (open it in https://ui.perfetto.dev)")
-        print(f"the same under Nsight Systems:\n  {self.nsys_command()}")
+        file.announce()
+        print(f"written: {trace_path} (open it in https://ui.perfetto.dev)")
+        if device.type == "cuda":
+            print(f"the same under Nsight Systems:\n  {self.nsys_command()}")
 
     def nsys_command(self) -> str:
         """The command line that records these settings with Nsight Systems."""
         report = shlex.quote(str(self.out / self.name))
-        options = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default or field.name == "under_nsys":
-                continue
-            flag = f"--{field.name.replace('_', '-')}"
-            options.append(flag if value is True else f"{flag} {shlex.quote(str(value))}")
+        given = {key: value for key, value in vars(self).items() if value != getattr(type(self)(), key)}
+        options = [f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in given.items()]
         return " ".join(
             [
                 "nsys profile --trace=cuda,nvtx,osrt --capture-range=cudaProfilerApi --force-overwrite=true",
@@ -169,6 +162,10 @@ class Profile:
                 f"&& nsys stats -r nvtx_kern_sum,cuda_gpu_kern_sum {report}.nsys-rep",
             ]
         )
+
+
+#: Options that do not change what is measured.
+_NO_SETTINGS = ("device", "name", "out", "under_nsys")
 
 
 def annotated_attention(
@@ -199,7 +196,7 @@ def _annotated(name: AttentionName) -> CausalAttention:
 
 def _prepared(config: StepConfig, warmup: int) -> TrainingStep:
     # torch.compile would cut the model in pieces at the ranges, so a compiled one goes without.
-    step = TrainingStep(config, None if config.compile else _annotated(config.attention))
+    step = TrainingStep(config, None if config.mode == "compiled" else _annotated(config.attention))
     for _ in range(warmup):
         step.full()
     synchronize(config.device)
@@ -217,6 +214,7 @@ def _run_for_nsys(config: StepConfig, warmup: int, steps: int) -> None:
 
 def record_trace(config: StepConfig, warmup: int, steps: int, path: Path) -> dict[str, Any]:
     """Profile full steps after `warmup` others; write the Chrome trace to `path` (.json.gz) and return it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it talks of itself
     step = _prepared(config, warmup)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if config.device.type == "cuda" else [])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -328,7 +326,7 @@ def short_name(name: str, length: int = 36) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def attention_flops(model: ModelConfig, batch_size: int) -> dict[str, float]:
+def flops_by_part(model: ModelConfig, batch_size: int) -> dict[str, float]:
     """Operations per forward pass in the parts of attention.
 
     A score costs two for each number of a head in each of the products, and five in the softmax: maximum,
@@ -354,9 +352,9 @@ def range_rows(work: list[Work], steps: int, flops: dict[str, float] | None = No
             "range": name,
             "busy_ms": busy / steps / 1e3,
             "span_ms": _span(chosen) / steps / 1e3 if name in PHASES else None,
-            "share_%": round(100 * busy / total, 1),
+            "share_%": _percent(busy, total),
             "calls": round(len(chosen) / steps),
-            "matmul_%": round(100 * _matmul_time(chosen) / busy, 1) if busy else None,
+            "matmul_%": _percent(sum(one.duration for one in chosen if category(one.name) == "matrix products"), busy),
         }
         if flops:
             row["GFLOP"] = flops[name.strip()] / 1e9 if name.strip() in flops else None
@@ -374,7 +372,7 @@ def category_rows(work: list[Work], steps: int) -> list[Row]:
     return [
         {"kind": kind}
         | {name: row.get(name, 0.0) for name in phases}
-        | {"step": sum(row.values()), "share_%": round(100 * sum(row.values()) / total, 1)}
+        | {"step": sum(row.values()), "share_%": _percent(sum(row.values()), total)}
         for kind, row in sorted(times.items(), key=lambda item: -sum(item[1].values()))
     ]
 
@@ -394,9 +392,9 @@ def kernel_rows(work: list[Work], steps: int) -> list[Row]:
                 {
                     "range": name,
                     "rank": rank,
-                    "calls": round(len(times) / steps, 1),
+                    "calls": round(len(times) / steps),
                     "ms": sum(times) / steps / 1e3,
-                    "share_%": round(100 * sum(times) / busy, 1) if busy else None,
+                    "share_%": _percent(sum(times), busy),
                     "kind": category(kernel),
                     "kernel": kernel,
                 }
@@ -413,5 +411,5 @@ def _span(work: list[Work]) -> float:
     return sum(last - first for first, last in ends.values())
 
 
-def _matmul_time(work: list[Work]) -> float:
-    return sum(one.duration for one in work if category(one.name) == "matrix products")
+def _percent(part: float, whole: float) -> float | None:
+    return round(100 * part / whole, 2) if whole else None

@@ -1,10 +1,10 @@
 """One training step of a model of the assignment, cut into its passes: what the measuring commands share."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -14,8 +14,8 @@ from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
 from cs336_basics.nn_utils import cross_entropy
 from cs336_basics.optimizer import AdamW
 from cs336_systems.attention import AttentionName, causal_attention
-from cs336_systems.measure import Row, default_device, show
-from cs336_systems.models import MODELS
+from cs336_systems.measure import Measurement, Row, check_options, gpu_or_cpu, grid
+from cs336_systems.models import SizeName, model_config
 
 #: inference: logits, without autograd. forward: logits and loss, with it, so that forward-backward less forward
 #: is the backward pass. full: zero_grad, forward, backward and the optimizer's step.
@@ -24,9 +24,10 @@ Pass = Literal["inference", "forward", "forward-backward", "full"]
 OptimizerName = Literal["basics", "fused"]
 #: plain: logits, then Assignment 1's cross-entropy. fused: both at once, `cs336_systems.linear_cross_entropy`.
 LossName = Literal["plain", "fused"]
-#: The sizes of `models.MODELS`, and one with which to try a command where there is no GPU.
-SizeName = Literal["tiny", "small", "medium", "large", "xl", "2.7B"]
-TINY = ModelConfig(vocab_size=512, context_length=1024, d_model=64, d_ff=192, num_layers=4, num_heads=4)
+#: bf16: forward and backward pass under autocast; parameters stay float32.
+Precision = Literal["fp32", "bf16"]
+#: compiled: the model and the loss, not the optimizer, through torch.compile.
+Mode = Literal["eager", "compiled"]
 
 #: The ranges that a step is cut into, in their order.
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -44,10 +45,10 @@ class StepConfig:
     """Sequences per step."""
     attention: AttentionName = "plain"
     """Which attention."""
-    bf16: bool = False
-    """Run forward and backward pass under bfloat16 autocast; parameters stay float32."""
-    compile: bool = False
-    """Put the model and the loss, not the optimizer, through torch.compile."""
+    precision: Precision = "fp32"
+    """What forward and backward pass compute in."""
+    mode: Mode = "eager"
+    """Whether torch.compile is used."""
     optimizer: OptimizerName = "basics"
     """Which AdamW."""
     loss: LossName = "plain"
@@ -57,8 +58,8 @@ class StepConfig:
         if self.batch_size < 1:
             raise ValueError(f"the batch size is {self.batch_size}, but must be at least 1")
         if self.device.type == "cuda":
-            if self.attention.startswith("sdpa-") and not self.bf16:
-                raise ValueError(f"attention {self.attention} knows half precision alone on a GPU; add --bf16")
+            if self.attention.startswith("sdpa-") and self.precision == "fp32":
+                raise ValueError(f"attention {self.attention} knows half precision alone on a GPU; choose bf16")
         elif self.attention == "sdpa-cudnn":
             raise ValueError("attention sdpa-cudnn needs an NVIDIA GPU; choose plain, flash-pytorch or sdpa-flash")
         elif os.environ.get("TRITON_INTERPRET") != "1":  # Triton's interpreter runs the kernels on a CPU
@@ -74,6 +75,46 @@ class StepConfig:
     def tokens(self) -> int:
         """Tokens per step."""
         return self.batch_size * self.model.context_length
+
+
+@dataclass(frozen=True)
+class StepGrid(Measurement):
+    """The options of commands that run training steps of several models."""
+
+    sizes: tuple[SizeName, ...] = gpu_or_cpu(("small",), ("tiny",))
+    """Model sizes; tiny is for a try without a GPU."""
+    contexts: tuple[int, ...] = gpu_or_cpu((128, 256, 512, 1024), (64, 128))
+    """Context lengths in tokens."""
+    attentions: tuple[AttentionName, ...] = ("plain",)
+    """plain: Assignment 1's. flash: ours. flash-pytorch: its reference. sdpa-*, flex: PyTorch's."""
+    precisions: tuple[Precision, ...] = ("fp32",)
+    """bf16 runs forward and backward pass under autocast; parameters stay float32."""
+    losses: tuple[LossName, ...] = ("plain",)
+    """Logits and cross-entropy, or both fused."""
+    batch_size: int = 4
+    """Sequences per step."""
+
+    def cases(self, device: torch.device, **axes: Sequence[object]) -> list[Row]:
+        """The grid of models and the given axes.
+
+        Raises:
+            ValueError: a case cannot be on this device.
+        """
+        check_options(self, "contexts", "batch_size")
+        cases = grid(
+            size=self.sizes, context=self.contexts, attention=self.attentions, precision=self.precisions,
+            loss=self.losses, **axes,
+        )  # fmt: skip
+        for case in cases:
+            self.step_config(case, device)
+        return cases
+
+    def step_config(self, case: Row, device: torch.device) -> StepConfig:
+        """The training step of a case."""
+        return StepConfig(
+            model_config(case["size"], case["context"]), device, self.batch_size, case["attention"],
+            case["precision"], case.get("mode", "eager"), case.get("optimizer", "basics"), case["loss"],
+        )  # fmt: skip
 
 
 class TrainingStep:
@@ -105,7 +146,7 @@ class TrainingStep:
         self._logits: Callable[[Tensor], Tensor] = self.model
         self._forward: Callable[[Tensor], Tensor] = self.model if config.loss == "plain" else self._hidden
         self._loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy if config.loss == "plain" else self._fused_loss
-        if config.compile:
+        if config.mode == "compiled":
             self._logits, self._forward = torch.compile(self._logits), torch.compile(self._forward)
             if config.loss == "plain":  # the fused loss is kernels already
                 self._loss = torch.compile(self._loss)
@@ -147,7 +188,11 @@ class TrainingStep:
 
     def autocast(self) -> AbstractContextManager:
         """What forward passes run under."""
-        return torch.autocast(self.config.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
+        return (
+            torch.autocast(self.config.device.type, torch.bfloat16)
+            if self.config.precision == "bf16"
+            else nullcontext()
+        )
 
     def loss_of_stream(self, x: Float[Tensor, "batch context d_model"]) -> Float[Tensor, ""]:
         """What follows the blocks: final norm, head and loss."""
@@ -181,38 +226,6 @@ def phase(name: str, device: torch.device) -> Iterator[None]:
         finally:
             if nvtx:
                 torch.cuda.nvtx.range_pop()
-
-
-def model_config(size: SizeName, context: int) -> ModelConfig:
-    """The shape of that size, for sequences of `context` tokens."""
-    if size not in get_args(SizeName):
-        raise ValueError(f"there is no model size {size!r}; choose one of {', '.join(get_args(SizeName))}")
-    return replace(TINY if size == "tiny" else MODELS[size], context_length=context)
-
-
-def device_named(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if name == "auto":
-        return default_device()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"there is no device {name!r}; choose auto, cpu or cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs; choose cpu")
-    return device
-
-
-def show_grid(title: str, common: Row, rows: list[Row], settings: tuple[str, ...]) -> None:
-    """Print rows as a table; settings that are the same in all of them move into its title, lists stay out."""
-    shared = {key: rows[0][key] for key in settings if len({row[key] for row in rows}) == 1}
-    said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in (shared | common).items())
-    shown = [{k: v for k, v in row.items() if k not in shared and not isinstance(v, list)} for row in rows]
-    show(f"{title}: {said}", shown)
 
 
 def _optimizer(name: OptimizerName, model: torch.nn.Module) -> torch.optim.Optimizer:

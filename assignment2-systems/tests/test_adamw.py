@@ -170,6 +170,40 @@ def test_what_the_kernel_cannot_do_is_refused(parameter, message):
         FusedAdamW([parameter]).step()
 
 
+def test_a_refused_step_changes_nothing():
+    fine, wrong = parameters(shapes=[(3,)])[0], torch.nn.Parameter(torch.ones(3, device=DEVICE, dtype=torch.float64))
+    for parameter in (fine, wrong):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = FusedAdamW([fine, wrong])
+    with pytest.raises(ValueError, match="float64"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_a_gradient_of_another_dtype_is_refused():
+    parameter = torch.nn.Parameter(torch.ones(8, device=DEVICE, dtype=torch.float16))
+    parameter.grad_dtype = torch.float32
+    parameter.grad = torch.full((8,), 0.5, device=DEVICE)
+    with pytest.raises(ValueError, match=r"float16.*float32"):
+        FusedAdamW([parameter]).step()
+
+
+def test_a_loaded_state_may_have_other_strides():
+    transposed = torch.nn.Parameter(torch.arange(12.0, device=DEVICE).view(3, 4).T)
+    plain = torch.nn.Parameter(transposed.detach().clone(memory_format=torch.contiguous_format))
+    source, fused = AdamW([transposed], **OPTIONS), FusedAdamW([plain], **OPTIONS)
+    gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    transposed.grad = gradient.clone(memory_format=torch.preserve_format)
+    source.step()
+    fused.load_state_dict(copy.deepcopy(source.state_dict()))
+    with torch.no_grad():
+        plain.copy_(transposed)
+    plain.grad = gradient.clone()
+    source.step()
+    fused.step()
+    assert_equal([plain], [transposed])
+
+
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
     monkeypatch.setattr(module, "_INTERPRETED", False)
     parameter = torch.nn.Parameter(torch.zeros(3))

@@ -25,12 +25,12 @@ def test_flops_by_hand():
 def test_the_file_holds_a_row_for_each_case(tmp_path, capsys):
     names = ("plain", "sdpa-flash", "sdpa-cudnn")
     options = {"seqs": (32, 64), "dims": (16,), "dtypes": ("float32",), "heads": 2, "rep_ms": 1, "out": tmp_path}
-    BenchFlash(implementations=names, **options).execute()
+    BenchFlash(attentions=names, device="cpu", **options).execute()
     record = json.loads((tmp_path / "bench_flash.json").read_text(encoding="utf-8"))
     assert record["float32_matmul_precision"] == "highest"
-    assert [(row["seq"], row["implementation"]) for row in record["rows"]] == [(s, n) for s in (32, 64) for n in names]
+    assert [(row["seq"], row["attention"]) for row in record["rows"]] == [(s, n) for s in (32, 64) for n in names]
     for row in record["rows"]:
-        if row["implementation"] == "sdpa-cudnn":  # there is no GPU
+        if row["attention"] == "sdpa-cudnn":  # there is no GPU
             assert row["status"] == "unsupported"
             assert "\n" not in row["reason"]
             assert "forward_ms" not in row
@@ -106,5 +106,5 @@ def test_the_error_is_relative_to_the_largest_entry():
 
 
 def test_an_option_below_one_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="heads has 0, but must be at least 1"):
+    with pytest.raises(ValueError, match="--heads is 0, but must be at least 1"):
         BenchFlash(heads=0, out=tmp_path).execute()

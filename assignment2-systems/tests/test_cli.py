@@ -56,7 +56,7 @@ def test_help_explains_every_field(command, capsys):
 
 def test_a_wrong_value_is_one_line(capsys, tmp_path):
     code, error = fails(capsys, "bench-flash", "--heads", "0", "--out", str(tmp_path))
-    assert (code, "heads has 0, but must be at least 1" in error) == (2, True)
+    assert (code, "--heads is 0, but must be at least 1" in error) == (2, True)
     (tmp_path / "file").touch()
     code, error = fails(capsys, "mixed-precision", "--out", str(tmp_path / "file"))
     assert (code, str(tmp_path / "file") in error) == (2, True)
@@ -64,7 +64,7 @@ def test_a_wrong_value_is_one_line(capsys, tmp_path):
 
 def test_a_name_that_does_not_exist_exits_with_2(capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main(["bench-flash", "--implementations", "fastest"])
+        cli.main(["bench-flash", "--attentions", "fastest"])
     assert caught.value.code == 2
     assert "fastest" in capsys.readouterr().err
 
@@ -100,4 +100,4 @@ def test_it_runs_as_a_module(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("cs336_systems", run_name="__main__")
     assert caught.value.code == 2
-    assert "heads has 0" in capsys.readouterr().err
+    assert "--heads is 0" in capsys.readouterr().err

@@ -3,12 +3,16 @@
 The interpreter is slow and its `tl.dot` wrong for bfloat16: shapes are small, and `test_gpu.py` does the rest.
 """
 
-import os
+import subprocess
+import sys
+from functools import partial
 
 import pytest
 import torch
+import torch.utils.checkpoint
+from triton.runtime.errors import OutOfResources
 
-from cs336_systems.flash_attention import FlashAttentionTriton, flash_attention
+from cs336_systems.flash_attention import FlashAttentionTriton, flash_attention, triton_ops
 
 from .reference_attention import (
     assert_errors_within,
@@ -29,7 +33,7 @@ def inputs_of(shape, n_keys, dtype=torch.float32, seed=0):
 
 
 def test_the_interpreter_is_on_where_there_is_no_gpu():
-    assert DEVICE == "cuda" or os.environ["TRITON_INTERPRET"] == "1"
+    assert triton_ops.INTERPRETED == (DEVICE == "cpu")
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -200,3 +204,93 @@ def shaped(*shape, **kwargs):
 def test_wrong_inputs_are_named(inputs, message):
     with pytest.raises(ValueError, match=message):
         attend(*inputs)
+
+
+def test_grouped_heads_of_another_batch_are_named():
+    with pytest.raises(ValueError, match=r"\(2, 6\).*\(3, 2\)"):
+        attend(shaped(2, 6, 5, 16), shaped(3, 2, 5, 16), shaped(3, 2, 5, 16))
+
+
+def test_second_derivatives_are_refused():
+    Q, K, V, dO = inputs_of((2, 20, 16), 20)
+    leaves = [tensor.detach().requires_grad_() for tensor in (Q, K, V)]
+    O = attend(*leaves)
+    with pytest.raises(RuntimeError):
+        (gradient,) = torch.autograd.grad(O, leaves[0], dO, create_graph=True)
+        (gradient.square().sum() + O.sum()).backward()
+
+
+def test_memory_layouts():
+    """Three dimensions come back contiguous, four as [batch sequence heads d], whose heads join without a copy."""
+    Q, K, V, dO = inputs_of((2, 3, 20, 16), 20)
+    leaves = [tensor.detach().requires_grad_() for tensor in (Q, K, V)]
+    O = attend(*leaves)
+    for tensor in (O, *torch.autograd.grad(O, leaves, dO)):
+        tensor.transpose(1, 2).view(2, 20, 3 * 16)
+    assert attend(Q[0], K[0], V[0]).is_contiguous()
+
+
+def test_checkpointed():
+    inputs = inputs_of((2, 20, 16), 20)
+    checkpointed = partial(torch.utils.checkpoint.checkpoint, attend, use_reentrant=False)
+    expected = expected_results(*inputs, True)
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
+    gradients = torch.autograd.grad(checkpointed(*leaves, True), leaves, inputs[3])
+    for name, gradient in zip(("dQ", "dK", "dV"), gradients):
+        assert relative_error(gradient, expected[name]) <= 1e-5
+
+
+def test_autocast_casts_as_torch_attention_does():
+    q, k, v, _ = inputs_of((2, 3, 20, 16), 20)
+    with torch.autocast(DEVICE, torch.float16):
+        O = flash_attention(q, k.half(), v)
+    assert O.dtype == torch.float16
+    assert relative_error(O, plain_attention(q, k, v, True)[0]) <= 2e-3
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU multiplies bfloat16 rightly")
+def test_bfloat16_is_refused_in_the_interpreter():
+    with pytest.raises(ValueError, match="bfloat16"):
+        attend(*(tensor.bfloat16() for tensor in inputs_of((2, 20, 16), 20)[:3]))
+
+
+def test_smaller_tiles_where_the_best_do_not_fit(monkeypatch):
+    """What did not fit is remembered for what it was compiled for, and for nothing else."""
+    tried = []
+
+    def launch(tiles, *arguments):
+        tried.append(tiles)
+        if arguments[-2] and tiles == triton_ops.FLOAT32_TILES[0]:  # causal
+            raise OutOfResources(2, 1, "shared memory")
+        return launch_forward(tiles, *arguments)
+
+    launch_forward = triton_ops.launch_forward
+    monkeypatch.setattr(triton_ops, "launch_forward", launch)
+    monkeypatch.setattr(triton_ops, "_too_large", set())
+    Q, K, V, _ = inputs_of((2, 20, 16), 20)
+    first, second = triton_ops.FLOAT32_TILES
+    for is_causal in (True, True, False):
+        assert relative_error(attend(Q, K, V, is_causal), plain_attention(Q, K, V, is_causal)[0]) <= 1e-5
+    assert tried == [first, second, second, first]
+    monkeypatch.setattr(triton_ops, "FLOAT32_TILES", (first,))
+    with pytest.raises(RuntimeError, match="fits"):
+        attend(Q, K, V, True)
+
+
+@pytest.mark.parametrize("function", ["FlashAttentionTriton", "FlashAttentionPyTorch"])
+def test_compiled_with_dynamic_shapes(function):
+    """Shapes of one rank, sequence = d among them, where sizes are easily mistaken. Unwrapped: checks break the graph."""
+    program = f"""
+import torch
+from cs336_systems.flash_attention import {function} as function
+
+torch.manual_seed(0)
+compiled = torch.compile(function.apply, backend="aot_eager", fullgraph=True, dynamic=True)
+for shape in ((2, 3, 20, 16), (1, 2, 16, 16), (3, 1, 7, 20)):
+    inputs = [torch.randn(shape, device="{DEVICE}", requires_grad=True) for _ in range(3)]
+    ours, theirs = (torch.autograd.grad(f(*inputs, True).sum(), inputs) for f in (compiled, function.apply))
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

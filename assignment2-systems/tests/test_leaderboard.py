@@ -9,16 +9,16 @@ from cs336_systems import leaderboard
 from cs336_systems.bench_flash import attention_flops
 from cs336_systems.leaderboard import Leaderboard2025
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def command(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # it takes longer than all of this
-    monkeypatch.setattr(leaderboard, "default_device", lambda: CPU)
+    monkeypatch.setattr(leaderboard, "MATMUL_SIZE", 16)
+    monkeypatch.setattr(leaderboard, "COPY_MB", 1)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     return Leaderboard2025(
-        heads=2, seq=32, dim=16, peers=("plain", "sdpa-cudnn"), rounds=2, rep_ms=1, matmul_size=16, copy_mb=1,
-        out=tmp_path,
+        heads=2, seq=32, dim=16, peers=("plain", "sdpa-cudnn"), rounds=2, rep_ms=1,
+        device="cpu", out=tmp_path,
     )  # fmt: skip
 
 
@@ -99,3 +99,9 @@ def test_out_of_memory_in_a_later_round_is_a_row(command, monkeypatch):
 def test_the_defaults_are_the_leaderboards():
     options = Leaderboard2025()
     assert (options.heads, options.seq, options.dim) == (16, 16_384, 64)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="run it on a GPU"):
+        Leaderboard2025(device="cpu", out=tmp_path).execute()

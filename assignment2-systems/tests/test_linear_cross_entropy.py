@@ -139,6 +139,13 @@ def test_the_backward_pass_can_be_repeated():
     assert all(torch.equal(one, other) for one, other in zip(first, second))
 
 
+def test_second_derivatives_are_refused():
+    hidden = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    loss = linear_cross_entropy(hidden, torch.randn(5, 4, device=DEVICE), torch.zeros(3, dtype=torch.long, device=DEVICE))
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
 def test_a_target_outside_the_vocabulary_is_seen():
     hidden, weight, _ = inputs((3,), 4, 17, torch.float32)
     for target in (-1, 17, 31, 2**40):

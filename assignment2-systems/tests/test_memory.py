@@ -101,8 +101,8 @@ def test_long_curves_keep_their_peaks():
 
 def test_largest_allocations(snapshot):
     assert largest_allocations(snapshot, 2) == [
-        {"mb": 4096 / 2**20, "times": 1, "allocated_by": BACKWARD},
-        {"mb": 2048 / 2**20, "times": 1, "allocated_by": "RMSNorm"},
+        {"MiB": 4096 / 2**20, "times": 1, "allocated_by": BACKWARD},
+        {"MiB": 2048 / 2**20, "times": 1, "allocated_by": "RMSNorm"},
     ]
 
 
@@ -125,30 +125,31 @@ def test_out_of_memory_is_a_row(tmp_path, monkeypatch):
     """With a stand-in for the GPU."""
 
     def measured(config, which, snapshot):
-        if which == "full" and not config.bf16:
+        if which == "full" and config.precision == "fp32":
             raise torch.OutOfMemoryError("no memory left")
-        return {"before_gb": 1.0, "peak_gb": 2.0}
+        return {"before_GB": 1.0, "peak_GB": 2.0}
 
     monkeypatch.setattr(memory, "device_named", lambda name: torch.device("cuda"))
     monkeypatch.setattr(memory, "measure_memory", measured)
     monkeypatch.setattr("cs336_systems.measure.environment", lambda device: {})
     Memory(contexts=(128,), out=tmp_path).execute()
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
-    assert [(row["pass"], row["precision"], row.get("status", row.get("peak_gb"))) for row in rows] == [
-        ("inference", "fp32", 2.0), ("inference", "bf16", 2.0), ("full", "fp32", "out of memory"), ("full", "bf16", 2.0)
+    assert [(row["pass"], row["precision"], row.get("peak_GB", row["status"])) for row in rows] == [
+        ("inference", "fp32", 2.0), ("full", "fp32", "out of memory"), ("inference", "bf16", 2.0), ("full", "bf16", 2.0)
     ]  # fmt: skip
 
 
 @pytest.mark.gpu
 def test_the_curve_is_what_the_allocator_counts(tmp_path):
-    from cs336_systems.training_step import StepConfig, TrainingStep, model_config
+    from cs336_systems.models import model_config
+    from cs336_systems.training_step import StepConfig, TrainingStep
 
     config = StepConfig(model_config("small", 256), torch.device("cuda"))
     row = measure_memory(config, "full", tmp_path / "memory_2.7B")
-    assert row["peak_gb"] > row["before_gb"]
+    assert row["peak_GB"] > row["before_GB"]
     assert (tmp_path / "memory_2.7B.png").read_bytes().startswith(PNG)
     step = TrainingStep(config)
     step.full()
     drawn = timeline(memory.record_snapshot(step, "full", tmp_path / "x.pickle"))
-    assert drawn.total.max() == pytest.approx(row["peak_gb"] * 1e9, rel=0.02)
+    assert drawn.total.max() == pytest.approx(row["peak_GB"] * 1e9, rel=0.02)
     assert {"softmax", "SwiGLU", BACKWARD} <= set(drawn.groups)

@@ -1,5 +1,6 @@
 """Attention for a Transformer, and what stands in for the Triton kernels on a machine that has no Triton."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
@@ -7,7 +8,7 @@ from torch.autograd import Function
 try:
     from cs336_systems.flash_attention.triton_ops import FlashAttentionTriton
 except ModuleNotFoundError as error:
-    if error.name is None or error.name.split(".")[0] != "triton":
+    if error.name != "triton":
         raise
 
     class FlashAttentionTriton(Function):  # type: ignore[no-redef]
@@ -26,6 +27,11 @@ def flash_attention(
 ) -> Float[Tensor, "... heads queries d"]:
     """Attention of many heads on a GPU; fits `causal_attention` of Assignment 1's model. See `FlashAttentionTriton`.
 
-    With fewer heads of keys and values than of queries, each serves a group of queries (Ainslie et al. 2023).
+    With fewer heads of keys and values than of queries, each serves a group of queries (Ainslie et al. 2023). Under
+    autocast q, k and v are cast to its dtype, as PyTorch's own attention does. The mask counts from the first key: one
+    query and n keys, as in decoding with a cache, sees key 0 alone; pass is_causal=False there.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     return FlashAttentionTriton.apply(q, k, v, is_causal)

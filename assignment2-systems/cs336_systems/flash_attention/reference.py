@@ -6,8 +6,8 @@ that maximum, and the weighted sum of values; a new maximum rescales what was su
 computes the scores again, tile by tile, from the one number a query that the forward pass has kept: L, the
 log-sum-exp of its scores. Memory grows with the length, not with its square.
 
-This file is there to be read, and to check the Triton kernels against: it runs on every device, and its tiles,
-masks and roundings are the kernels' own. As on tensor cores, the operands of a matrix product have the inputs'
+This file is there to be read, and to check the Triton kernels against. It runs on every device; it masks as the
+kernels do and rounds where they do, while they differ in tile sizes and compute dQ in a loop of its own. As on tensor cores, the operands of a matrix product have the inputs'
 dtype, and sums are kept in float32 (float64 for float64 inputs).
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cs336_systems.flash_attention.shapes import check_inputs
 
@@ -110,12 +109,12 @@ def flash_backward(
             dV_j += _matmul(P_ij.to(dO.dtype).mT, dO_i)
             dP_ij = _matmul(dO_i, V_j.mT)
             dS_ij = (P_ij * (dP_ij - D_i)).to(Q.dtype)
-            dQ[..., i : i + query_tile, :] += _matmul(dS_ij, K_j) / math.sqrt(d)
-            dK_j += _matmul(dS_ij.mT, Q_i) / math.sqrt(d)
+            dQ[..., i : i + query_tile, :] += _matmul(dS_ij, K_j)
+            dK_j += _matmul(dS_ij.mT, Q_i)
 
-        dK[..., j : j + key_tile, :] = dK_j.to(K.dtype)
+        dK[..., j : j + key_tile, :] = (dK_j / math.sqrt(d)).to(K.dtype)
         dV[..., j : j + key_tile, :] = dV_j.to(V.dtype)
-    return dQ.to(Q.dtype), dK, dV
+    return (dQ / math.sqrt(d)).to(Q.dtype), dK, dV
 
 
 class FlashAttentionPyTorch(torch.autograd.Function):
@@ -135,8 +134,9 @@ class FlashAttentionPyTorch(torch.autograd.Function):
         return O
 
     @staticmethod
-    @once_differentiable  # L is no output, so a second derivative would silently miss its part
     def backward(ctx: Any, dO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        if torch.is_grad_enabled():  # L is no output of the graph, so a second derivative would miss its part
+            raise RuntimeError("FlashAttentionPyTorch has no second derivatives: leave out create_graph=True")
         Q, K, V, O, L = ctx.saved_tensors
         with _full_precision(Q):
             dQ, dK, dV = flash_backward(Q, K, V, O, L, dO, ctx.is_causal)

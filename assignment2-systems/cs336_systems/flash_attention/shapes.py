@@ -1,5 +1,6 @@
 """What every implementation of attention here asks of its inputs."""
 
+import torch
 from torch import Tensor
 
 
@@ -34,15 +35,16 @@ def check_inputs(Q: Tensor, K: Tensor, V: Tensor, grouped: bool = False) -> None
             f"K has {K.shape[-2]} keys, but V has {V.shape[-2]} values: pass as many values as keys "
             "(the last but one dimension)"
         )
-    if grouped and Q.dim() == K.dim() == V.dim() > 2 and K.shape[-3] == V.shape[-3] != Q.shape[-3]:
+    expected = Q.shape[:-2]
+    if grouped and Q.dim() == K.dim() > 2 and K.shape[-3] != Q.shape[-3]:
         heads, kv_heads = Q.shape[-3], K.shape[-3]
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(
                 f"Q has {heads} heads, which is no multiple of the {kv_heads} heads of K and V: "
                 "choose a number of heads that is"
             )
-        Q = Q[..., :kv_heads, :, :]
-    if not Q.shape[:-2] == K.shape[:-2] == V.shape[:-2]:
+        expected = torch.Size((*Q.shape[:-3], kv_heads))
+    if not expected == K.shape[:-2] == V.shape[:-2]:
         raise ValueError(
             f"the leading dimensions of Q, K and V are {tuple(Q.shape[:-2])}, {tuple(K.shape[:-2])} and "
             f"{tuple(V.shape[:-2])}, but must be equal: expand them, for nothing is broadcast"

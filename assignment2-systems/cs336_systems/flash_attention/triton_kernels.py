@@ -11,9 +11,15 @@ Algorithm 2 of the paper computes dQ in the loop over keys too, which saves two 
 programs add to the same dQ. Two kernels without sharing are deterministic, and faster: the additions cost more
 than the products (see LOG.md).
 
-All tensors are [batch heads sequence d] and come as tensor descriptors with blocks of [1 1 rows D]: the copy engine
-of Hopper GPUs moves them, fills rows and columns beyond the tensor with zeros, and writes none there. Softmax is
-in base 2, exp(x) = 2^(x log₂e), with log₂e folded into the scale of the scores.
+All tensors are [batch heads sequence d] and come as tensor descriptors with blocks of [1 1 rows WIDTH]: Hopper's Tensor
+Memory Accelerator moves them, fills rows and columns beyond the tensor with zeros, and writes none there.
+
+Names, here and in the paper: QUERIES and KEYS are B_r and B_c; s is Q Kᵀ before any scaling; m and l are m and ℓ, with m
+in base 2; delta is D = rowsum(O ∘ dO); WIDTH is d, rounded up to a power of two. `scale` is log₂e / √d, so that
+exp(s / √d) = 2^(s · scale), for 2^x is what the hardware computes; and scale · ln 2 = 1 / √d again.
+
+Lengths are not specialised: Triton would compile the kernels anew for those that are 1 or multiples of 16, and nothing
+here gains by it.
 """
 
 import triton
@@ -23,16 +29,16 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "heads", "group"])
 def forward_kernel(
     Q, K, V, O, L, n_queries, n_keys, heads, group, scale,
-    D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """O and L of one tile of queries.
 
     Args:
-        Q, O: descriptors with blocks [1 1 QUERIES D]. K, V: [1 1 KEYS D].
+        Q, O: descriptors with blocks [1 1 QUERIES WIDTH]. K, V: [1 1 KEYS WIDTH].
         L: [batch·heads n_queries] float32.
         group: query heads that share a head of K and V.
         scale: log₂e / √d.
@@ -42,46 +48,50 @@ def forward_kernel(
     if CAUSAL:  # the last queries have most keys to visit: begin with the long jobs
         tile = tiles - 1 - tile
     batch, head = batch_head // heads, batch_head % heads
+    kv_head = head // group
     start = tile * QUERIES
     rows = start + tl.arange(0, QUERIES)
-    q = _load(Q, batch, head, start, QUERIES, D)
+    q = _load(Q, batch, head, start, QUERIES, WIDTH)
     m = tl.full([QUERIES], float("-inf"), tl.float32)
     l = tl.zeros([QUERIES], tl.float32)
-    o = tl.zeros([QUERIES, D], tl.float32)
+    o = tl.zeros([QUERIES, WIDTH], tl.float32)
 
     # Keys that all queries of the tile see, in whole tiles; then those where a mask is needed.
     unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
     for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
-        o, m, l = _forward_step(o, m, l, q, K, V, batch, head // group, j, rows, n_keys, scale,
-                                D, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
+        o, m, l = _forward_step(o, m, l, q, K, V, batch, kv_head, j, rows, n_keys, scale,
+                                WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
     for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
-        o, m, l = _forward_step(o, m, l, q, K, V, batch, head // group, j, rows, n_keys, scale,
-                                D, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
+        o, m, l = _forward_step(o, m, l, q, K, V, batch, kv_head, j, rows, n_keys, scale,
+                                WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
 
-    _store(O, batch, head, start, o / l[:, None], QUERIES, D)
+    _store(O, batch, head, start, o / l[:, None], QUERIES, WIDTH)
+    # Back from base 2: L = ln 2 · (m + log₂ l).
     tl.store(L + batch_head.to(tl.int64) * n_queries + rows, (m + tl.log2(l)) * LN_2, mask=rows < n_queries)
 
 
 @triton.jit
 def _forward_step(
     o, m, l, q, K, V, batch, kv_head, j, rows, n_keys, scale,
-    D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k = _load(K, batch, kv_head, j, KEYS, D)
+    """The inner loop of Algorithm 1: the keys from j on."""
+    k = _load(K, batch, kv_head, j, KEYS, WIDTH)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         s = tl.where(_visible(rows[:, None], (j + tl.arange(0, KEYS))[None, :], n_keys, CAUSAL), s, float("-inf"))
     # Every query sees key 0, so m is finite from the first tile on.
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    # Scaled here, not before the maximum: multiplying and subtracting are one instruction.
     p = tl.exp2(s * scale - m_new[:, None])
     rescale = tl.exp2(m - m_new)
-    v = _load(V, batch, kv_head, j, KEYS, D)
+    v = _load(V, batch, kv_head, j, KEYS, WIDTH)
     o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision=PRECISION)
     return o, m_new, l * rescale + tl.sum(p, 1)
 
 
-@triton.jit
-def delta_kernel(O, dO, L, delta, log2_L, n_queries, padded, heads, D: tl.constexpr, QUERIES: tl.constexpr):
+@triton.jit(do_not_specialize=["n_queries", "padded", "heads"])
+def delta_kernel(O, dO, L, delta, log2_L, n_queries, padded, heads, WIDTH: tl.constexpr, QUERIES: tl.constexpr):
     """D = rowsum(O ∘ dO) and L log₂e of one tile of queries, 0 beyond the last query.
 
     L is [batch·heads n_queries]; delta and log2_L are [batch·heads padded], whole tiles, so that the kernels below
@@ -90,8 +100,8 @@ def delta_kernel(O, dO, L, delta, log2_L, n_queries, padded, heads, D: tl.conste
     tiles = tl.cdiv(n_queries, QUERIES)
     batch_head, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * QUERIES
     batch, head = batch_head // heads, batch_head % heads
-    o = _load(O, batch, head, start, QUERIES, D).to(tl.float32)
-    do = _load(dO, batch, head, start, QUERIES, D).to(tl.float32)
+    o = _load(O, batch, head, start, QUERIES, WIDTH).to(tl.float32)
+    do = _load(dO, batch, head, start, QUERIES, WIDTH).to(tl.float32)
     rows = start + tl.arange(0, QUERIES)
     l = tl.load(L + batch_head.to(tl.int64) * n_queries + rows, mask=rows < n_queries, other=0.0)
     at = batch_head.to(tl.int64) * padded + rows
@@ -99,44 +109,44 @@ def delta_kernel(O, dO, L, delta, log2_L, n_queries, padded, heads, D: tl.conste
     tl.store(log2_L + at, l * LOG2_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries", "padded", "n_keys", "heads"])
 def dkdv_kernel(
     Q, K, V, dO, log2_L, delta, dK, dV, n_queries, padded, n_keys, heads, scale,
-    GROUP: tl.constexpr, D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; `heads` counts heads of keys here.
 
     Scores are transposed, [KEYS QUERIES]: so Pᵀ and dSᵀ are left operands of the products for dV and dK, and stay
-    in registers. Rows of keys beyond n_keys hold nonsense, which nothing reads; queries beyond n_queries add 0.
+    in registers. Rows of keys beyond n_keys hold nonsense, which nothing reads.
     """
     tiles = tl.cdiv(n_keys, KEYS)
     batch_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch, kv_head = batch_head // heads, batch_head % heads
     start = tile * KEYS
     keys = start + tl.arange(0, KEYS)
-    k = _load(K, batch, kv_head, start, KEYS, D)
-    v = _load(V, batch, kv_head, start, KEYS, D)
-    dk = tl.zeros([KEYS, D], tl.float32)
-    dv = tl.zeros([KEYS, D], tl.float32)
+    k = _load(K, batch, kv_head, start, KEYS, WIDTH)
+    v = _load(V, batch, kv_head, start, KEYS, WIDTH)
+    dk = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv = tl.zeros([KEYS, WIDTH], tl.float32)
 
     if GROUP == 1:  # no loop over a single head: nested loops cost registers
         dk, dv = _dkdv_of_head(dk, dv, k, v, Q, dO, log2_L, delta, batch, kv_head, heads, keys, start, n_queries,
-                               padded, scale, D, QUERIES, KEYS, STAGES, CAUSAL, PRECISION, SETTLE)  # fmt: skip
+                               padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION, SETTLE)  # fmt: skip
     else:
         for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
             dk, dv = _dkdv_of_head(dk, dv, k, v, Q, dO, log2_L, delta, batch, head, heads * GROUP, keys, start,
-                                   n_queries, padded, scale, D, QUERIES, KEYS, STAGES, CAUSAL, PRECISION,
+                                   n_queries, padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION,
                                    SETTLE)  # fmt: skip
 
-    _store(dK, batch, kv_head, start, dk * (scale * LN_2), KEYS, D)
-    _store(dV, batch, kv_head, start, dv, KEYS, D)
+    _store(dK, batch, kv_head, start, dk * (scale * LN_2), KEYS, WIDTH)  # scale · ln 2 = 1 / √d
+    _store(dV, batch, kv_head, start, dv, KEYS, WIDTH)
 
 
 @triton.jit
 def _dkdv_of_head(
     dk, dv, k, v, Q, dO, log2_L, delta, batch, head, heads, keys, start, n_queries, padded, scale,
-    D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries of one head contribute."""
@@ -148,40 +158,44 @@ def _dkdv_of_head(
         unmasked = tl.minimum(tl.cdiv(start + KEYS - 1, QUERIES) * QUERIES, n_queries)
     for i in tl.range(first, unmasked, QUERIES, num_stages=STAGES):
         dk, dv = _dkdv_step(dk, dv, k, v, Q, dO, log2_L + at, delta + at, batch, head, i, keys, scale,
-                            D, QUERIES, True, PRECISION, SETTLE)  # fmt: skip
+                            WIDTH, QUERIES, True, PRECISION, SETTLE)  # fmt: skip
     for i in tl.range(unmasked, n_queries, QUERIES, num_stages=STAGES):
         dk, dv = _dkdv_step(dk, dv, k, v, Q, dO, log2_L + at, delta + at, batch, head, i, keys, scale,
-                            D, QUERIES, False, PRECISION, SETTLE)  # fmt: skip
+                            WIDTH, QUERIES, False, PRECISION, SETTLE)  # fmt: skip
     return dk, dv
 
 
 @triton.jit
 def _dkdv_step(
     dk, dv, k, v, Q, dO, log2_L, delta, batch, head, i, keys, scale,
-    D: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
+    """The inner loop of Algorithm 2 without dQ: the queries from i on.
+
+    Those beyond the last need no mask: their dO, Q and delta are 0, and so is what they add.
+    """
     rows = i + tl.arange(0, QUERIES)
-    q = _load(Q, batch, head, i, QUERIES, D)
-    l = tl.load(log2_L + rows)
-    do = _load(dO, batch, head, i, QUERIES, D)
-    d = tl.load(delta + rows)
+    q = _load(Q, batch, head, i, QUERIES, WIDTH)
+    log2_l = tl.load(log2_L + rows)
+    do = _load(dO, batch, head, i, QUERIES, WIDTH)
+    delta_i = tl.load(delta + rows)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-    p = tl.exp2(s * scale - l[None, :])
+    p = tl.exp2(s * scale - log2_l[None, :])
     if MASKED:
         p = tl.where(rows[None, :] >= keys[:, None], p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = p * (dp - d[None, :])
+    ds = p * (dp - delta_i[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     if SETTLE:
         dk, dv = _settle(dk), _settle(dv)
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries", "padded", "n_keys", "heads", "group"])
 def dq_kernel(
     Q, K, V, dO, log2_L, delta, dQ, n_queries, padded, n_keys, heads, group, scale,
-    D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries."""
@@ -190,39 +204,41 @@ def dq_kernel(
     if CAUSAL:
         tile = tiles - 1 - tile
     batch, head = batch_head // heads, batch_head % heads
+    kv_head = head // group
     start = tile * QUERIES
     rows = start + tl.arange(0, QUERIES)
     at = batch_head.to(tl.int64) * padded + rows
-    q = _load(Q, batch, head, start, QUERIES, D)
-    do = _load(dO, batch, head, start, QUERIES, D)
-    l = tl.load(log2_L + at)
-    d = tl.load(delta + at)
-    dq = tl.zeros([QUERIES, D], tl.float32)
+    q = _load(Q, batch, head, start, QUERIES, WIDTH)
+    do = _load(dO, batch, head, start, QUERIES, WIDTH)
+    log2_l = tl.load(log2_L + at)
+    delta_i = tl.load(delta + at)
+    dq = tl.zeros([QUERIES, WIDTH], tl.float32)
 
     unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
     for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
-        dq = _dq_step(dq, q, do, l, d, K, V, batch, head // group, j, rows, n_keys, scale,
-                      D, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
+        dq = _dq_step(dq, q, do, log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
+                      WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
     for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
-        dq = _dq_step(dq, q, do, l, d, K, V, batch, head // group, j, rows, n_keys, scale,
-                      D, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
+        dq = _dq_step(dq, q, do, log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
+                      WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
 
-    _store(dQ, batch, head, start, dq * (scale * LN_2), QUERIES, D)
+    _store(dQ, batch, head, start, dq * (scale * LN_2), QUERIES, WIDTH)
 
 
 @triton.jit
 def _dq_step(
-    dq, q, do, l, d, K, V, batch, kv_head, j, rows, n_keys, scale,
-    D: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, do, log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    k = _load(K, batch, kv_head, j, KEYS, D)
-    v = _load(V, batch, kv_head, j, KEYS, D)
+    """What the keys from j on add to dQ."""
+    k = _load(K, batch, kv_head, j, KEYS, WIDTH)
+    v = _load(V, batch, kv_head, j, KEYS, WIDTH)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    p = tl.exp2(s * scale - l[:, None])
+    p = tl.exp2(s * scale - log2_l[:, None])
     if MASKED:
         p = tl.where(_visible(rows[:, None], (j + tl.arange(0, KEYS))[None, :], n_keys, CAUSAL), p, 0.0)
-    ds = p * (dp - d[:, None])
+    ds = p * (dp - delta_i[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -243,13 +259,13 @@ def _visible(rows, keys, n_keys, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _load(X, batch, head, row, ROWS: tl.constexpr, D: tl.constexpr):
-    return X.load([batch, head, row, 0]).reshape(ROWS, D)
+def _load(X, batch, head, row, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    return X.load([batch, head, row, 0]).reshape(ROWS, WIDTH)
 
 
 @triton.jit
-def _store(X, batch, head, row, x, ROWS: tl.constexpr, D: tl.constexpr):
-    X.store([batch, head, row, 0], x.to(X.dtype).reshape(1, 1, ROWS, D))
+def _store(X, batch, head, row, x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    X.store([batch, head, row, 0], x.to(X.dtype).reshape(1, 1, ROWS, WIDTH))
 
 
 @triton.jit

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -38,7 +37,7 @@ class Tiles:
     """The most registers a thread gets. Default: what the compiler wants."""
 
 
-#: (kernel, padded d) -> tiles for 16-bit numbers, found by `python -m benchmarks.flash_tiles` on an H200. They are
+#: (kernel, WIDTH) -> tiles for 16-bit numbers, found by `python -m benchmarks.flash_tiles` on an H200. They are
 #: fixed, and not tuned at the first call, so that nobody waits and the last bits do not depend on a race.
 TILES: dict[tuple[str, int], Tiles] = {
     ("forward", 16): Tiles(64, 128, 4, 3),
@@ -65,8 +64,8 @@ class FlashAttentionTriton(torch.autograd.Function):
 
     Q is [... n_queries d], K and V are [... n_keys d], float32, float16 or bfloat16, of any strides, d at most 128;
     with `is_causal` query i attends to the keys j ≤ i. Returned is O [... n_queries d]. It and the gradients are
-    deterministic. Saved for the backward pass are Q, K, V, O and L. Products of float32 are exact, unless
-    `torch.set_float32_matmul_precision("high")` asks for TF32.
+    deterministic. Saved for the backward pass are Q, K, V, O and L. Products of float32 are float32 throughout, unless
+    `torch.set_float32_matmul_precision("high")` asks for TF32, which is many times faster.
 
     K and V may have fewer heads (the dimension before the sequence) than Q, which is grouped-query attention
     (Ainslie et al. 2023): query head h uses head h // (heads of Q / heads of K).
@@ -76,21 +75,21 @@ class FlashAttentionTriton(torch.autograd.Function):
     """
 
     # Under torch.compile these two are traced. They do no more than call the operators, whose insides are not:
-    # torch 2.13 mistakes sizes that a traced backward pass reads for others when shapes are dynamic.
+    # torch 2.13 mistakes sizes that a traced backward pass reads for others when shapes are dynamic. Second derivatives
+    # raise, for `flash_backward` has none.
     @staticmethod
-    def forward(ctx: FunctionCtx, Q: Tensor, K: Tensor, V: Tensor, is_causal: bool = False) -> Tensor:
+    def forward(ctx: Any, Q: Tensor, K: Tensor, V: Tensor, is_causal: bool = False) -> Tensor:
         check_inputs(Q, K, V, grouped=True)
         _check_kernels_can_run(Q)
         O, L = flash_forward(Q, K, V, is_causal)
         ctx.save_for_backward(Q, K, V, O, L)
-        ctx.is_causal = is_causal  # type: ignore[attr-defined]
+        ctx.is_causal = is_causal
         return O
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        Q, K, V, O, L = ctx.saved_tensors  # type: ignore[attr-defined]
-        dQ, dK, dV = flash_backward(Q, K, V, O, L, dO, ctx.is_causal)  # type: ignore[attr-defined]
+    def backward(ctx: Any, dO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        Q, K, V, O, L = ctx.saved_tensors
+        dQ, dK, dV = flash_backward(Q, K, V, O, L, dO, ctx.is_causal)
         return dQ, dK, dV, None
 
 
@@ -138,11 +137,11 @@ def _flash_backward_outputs(
 
 
 def _new_like(x: Tensor) -> Tensor:
-    """An empty [... heads sequence d], which lies in memory as [... sequence heads d].
+    """An empty tensor of the shape of `x`; [... batch heads sequence d] lies in memory as [... batch sequence heads d].
 
     That is how a Transformer has its heads before and after attention, so that joining them copies nothing.
     """
-    if x.dim() == 2:
+    if x.dim() < 4:
         return x.new_empty(x.shape)
     *leading, heads, sequence, d = x.shape
     return x.new_empty(*leading, sequence, heads, d).transpose(-2, -3)
@@ -167,7 +166,7 @@ def launch_delta(O: Tensor, dO: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
     delta, log2_L = O.new_empty(2, batch, heads, tiles * DELTA_ROWS, dtype=torch.float32)
     delta_kernel[(batch * heads * tiles,)](
         *_descriptors(DELTA_ROWS, O, dO), L.contiguous(), delta, log2_L, n_queries, tiles * DELTA_ROWS, heads,
-        D=_padded_d(O), QUERIES=DELTA_ROWS,
+        WIDTH=_width(O), QUERIES=DELTA_ROWS,
     )  # fmt: skip
     return delta, log2_L
 
@@ -217,7 +216,7 @@ def _check_kernels_can_run(Q: Tensor) -> None:
     if Q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(
             f"FlashAttentionTriton takes heads of width at most {MAX_HEAD_DIM}, but d is {Q.shape[-1]}: "
-            "use more heads, or FlashAttentionPyTorch"
+            "use more and narrower heads, or FlashAttentionPyTorch"
         )
 
 
@@ -249,42 +248,51 @@ def _copyable(x: Tensor) -> Tensor:
 
 def _descriptors(rows: int, *tensors: Tensor) -> list[TensorDescriptor]:
     """Descriptors of [batch heads sequence d] tensors that load and store blocks of [1 1 rows D]."""
-    return [TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, rows, _padded_d(x)]) for x in tensors]
+    return [TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, rows, _width(x)]) for x in tensors]
 
 
-def _padded_d(x: Tensor) -> int:
+def _width(x: Tensor) -> int:
     return triton.next_power_of_2(x.shape[-1])
 
 
 def _constants(tiles: Tiles, Q: Tensor, is_causal: bool) -> dict[str, Any]:
-    exact = Q.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
     return {
-        "D": _padded_d(Q), "QUERIES": tiles.queries, "KEYS": tiles.keys, "STAGES": tiles.stages, "CAUSAL": is_causal,
-        "PRECISION": "ieee" if exact else "tf32", "num_warps": tiles.warps, "maxnreg": tiles.registers,
+        "WIDTH": _width(Q), "QUERIES": tiles.queries, "KEYS": tiles.keys, "STAGES": tiles.stages, "CAUSAL": is_causal,
+        "PRECISION": "tf32" if _tf32() else "ieee", "num_warps": tiles.warps, "maxnreg": tiles.registers,
     }  # fmt: skip
 
 
-#: Tiles that did not fit on a device: (device, kernel, D, dtype, tiles).
+def _tf32() -> bool:
+    """Whether TF32 is asked for; `torch.set_float32_matmul_precision` sets this too."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+#: Tiles that did not fit on a device: (device, kernel, ...).
 _too_large: set[tuple[Any, ...]] = set()
 
 
 def tiles_for(kernel: str, d: int, dtype: torch.dtype) -> Sequence[Tiles]:
     """The tiles of a kernel ("forward", "dkdv" or "dq"), the best first; later ones need less shared memory."""
     if dtype == torch.float32:
-        return FLOAT32_TILES if torch.get_float32_matmul_precision() == "highest" else SMALL_TILES
+        return SMALL_TILES if _tf32() else FLOAT32_TILES
     return (TILES[kernel, d], *SMALL_TILES)
 
 
-def _run(kernel: str, launch: Callable[..., None], Q: Tensor, *arguments: Any) -> None:
-    """Launch with the best tiles that fit into the device's shared memory."""
-    candidates = tiles_for(kernel, _padded_d(Q), Q.dtype)
+def _run(kernel: str, launch: Callable[..., None], Q: Tensor, K: Tensor, *arguments: Any) -> None:
+    """Launch with the best tiles that fit into the device's shared memory.
+
+    What has not fitted once is remembered, with everything that the kernel is compiled for: so no call's tiles
+    depend on the calls before it.
+    """
+    *_, is_causal, _ = arguments
+    candidates = tiles_for(kernel, _width(Q), Q.dtype)
     with torch.cuda.device_of(Q):
         for tiles in candidates:
-            key = (Q.device, kernel, _padded_d(Q), Q.dtype, tiles)
+            key = (Q.device, kernel, _width(Q), Q.dtype, _tf32(), is_causal, Q.shape[1] // K.shape[1], tiles)
             if key in _too_large:
                 continue
             try:
-                return launch(tiles, Q, *arguments)
+                return launch(tiles, Q, K, *arguments)
             except OutOfResources:
                 _too_large.add(key)
         raise RuntimeError(f"none of the tiles {candidates} fits on {Q.device}")
