@@ -22,7 +22,9 @@ from cs336_systems.measure import show, write_result
 ATTENTIONS: tuple[AttentionName, ...] = ("plain", "flash", "sdpa-flash")
 
 
-def curve(attention: AttentionName, train_data: Path, valid_data: Path, steps: int, batch_size: int, small: bool) -> dict:
+def curve(
+    attention: AttentionName, train_data: Path, valid_data: Path, steps: int, batch_size: int, small: bool
+) -> dict:
     """Training losses of every step, the last validation loss, and the median tokens per second of the later half."""
     config = TRAIN["tinystories-17m"][1]
     if small:  # to try this program on a CPU
@@ -76,7 +78,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model, for a machine without a GPU")
     parser.add_argument("--out", type=Path, default=Path("results"))
     arguments = parser.parse_args()
-    curves = {
+    curves: dict[str, dict] = {
         name: curve(name, arguments.train_data, arguments.valid_data, arguments.steps, arguments.batch_size,
                     arguments.small)
         for name in ATTENTIONS

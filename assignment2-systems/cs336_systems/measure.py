@@ -240,8 +240,10 @@ def show(
     table = Table()
     for key in chosen:
         numeric = any(isinstance(row.get(key), int | float) for row in rows)
-        # Where space is short, the headers of numbers take two lines, and no name is cut off.
-        table.add_column(key.replace("_", " "), justify="right" if numeric else "left", no_wrap=not numeric)
+        # Where space is short, the headers of numbers take two lines, and no word is cut off.
+        header = key.replace("_", " ")
+        longest = max(map(len, header.split()), default=0)
+        table.add_column(header, justify="right" if numeric else "left", no_wrap=not numeric, min_width=longest)
     for row in rows:
         table.add_row(*(_cell(row.get(key), digits) for key in chosen))
     console = Console()

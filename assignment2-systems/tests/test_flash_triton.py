@@ -33,7 +33,7 @@ def inputs_of(shape, n_keys, dtype=torch.float32, seed=0):
 
 
 def test_the_interpreter_is_on_where_there_is_no_gpu():
-    assert triton_ops.INTERPRETED == (DEVICE == "cpu")
+    assert (DEVICE == "cpu") == triton_ops.INTERPRETED
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -215,9 +215,9 @@ def test_second_derivatives_are_refused():
     Q, K, V, dO = inputs_of((2, 20, 16), 20)
     leaves = [tensor.detach().requires_grad_() for tensor in (Q, K, V)]
     O = attend(*leaves)
-    with pytest.raises(RuntimeError):
-        (gradient,) = torch.autograd.grad(O, leaves[0], dO, create_graph=True)
-        (gradient.square().sum() + O.sum()).backward()
+    gradients = torch.autograd.grad(O, leaves, dO, create_graph=True)
+    with pytest.raises(RuntimeError):  # also with a dO that does not depend on Q
+        (gradients[0].square().sum() + O.sum()).backward()
 
 
 def test_memory_layouts():
@@ -279,7 +279,10 @@ def test_smaller_tiles_where_the_best_do_not_fit(monkeypatch):
 
 @pytest.mark.parametrize("function", ["FlashAttentionTriton", "FlashAttentionPyTorch"])
 def test_compiled_with_dynamic_shapes(function):
-    """Shapes of one rank, sequence = d among them, where sizes are easily mistaken. Unwrapped: checks break the graph."""
+    """Shapes of one rank, sequence = d among them, where sizes are easily mistaken.
+
+    In a process of its own: here the package's functions are wrapped in type checks, which break the graph.
+    """
     program = f"""
 import torch
 from cs336_systems.flash_attention import {function} as function

@@ -141,7 +141,9 @@ def test_the_backward_pass_can_be_repeated():
 
 def test_second_derivatives_are_refused():
     hidden = torch.randn(3, 4, device=DEVICE, requires_grad=True)
-    loss = linear_cross_entropy(hidden, torch.randn(5, 4, device=DEVICE), torch.zeros(3, dtype=torch.long, device=DEVICE))
+    loss = linear_cross_entropy(
+        hidden, torch.randn(5, 4, device=DEVICE), torch.zeros(3, dtype=torch.long, device=DEVICE)
+    )
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss, hidden, create_graph=True)
 

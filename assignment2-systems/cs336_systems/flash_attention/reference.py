@@ -6,9 +6,9 @@ that maximum, and the weighted sum of values; a new maximum rescales what was su
 computes the scores again, tile by tile, from the one number a query that the forward pass has kept: L, the
 log-sum-exp of its scores. Memory grows with the length, not with its square.
 
-This file is there to be read, and to check the Triton kernels against. It runs on every device; it masks as the
-kernels do and rounds where they do, while they differ in tile sizes and compute dQ in a loop of its own. As on tensor cores, the operands of a matrix product have the inputs'
-dtype, and sums are kept in float32 (float64 for float64 inputs).
+This file is there to be read, and to check the Triton kernels against. It runs on every device; it masks as the kernels
+do and rounds where they do, while they differ in tile sizes and compute dQ in a loop of its own. As on tensor cores,
+the operands of a matrix product have the inputs' dtype, and sums are kept in float32 (float64 for float64 inputs).
 """
 
 import math

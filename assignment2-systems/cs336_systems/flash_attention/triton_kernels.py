@@ -14,9 +14,9 @@ than the products (see LOG.md).
 All tensors are [batch heads sequence d] and come as tensor descriptors with blocks of [1 1 rows WIDTH]: Hopper's Tensor
 Memory Accelerator moves them, fills rows and columns beyond the tensor with zeros, and writes none there.
 
-Names, here and in the paper: QUERIES and KEYS are B_r and B_c; s is Q Kᵀ before any scaling; m and l are m and ℓ, with m
-in base 2; delta is D = rowsum(O ∘ dO); WIDTH is d, rounded up to a power of two. `scale` is log₂e / √d, so that
-exp(s / √d) = 2^(s · scale), for 2^x is what the hardware computes; and scale · ln 2 = 1 / √d again.
+Names, here and in the paper: QUERIES and KEYS are B_r and B_c; s is Q Kᵀ before any scaling; m and l are m and ℓ,
+with m in base 2; delta is D = rowsum(O ∘ dO); WIDTH is d, rounded up to a power of two. `scale` is log₂e / √d, so
+that exp(s / √d) = 2^(s · scale), for 2^x is what the hardware computes; and scale · ln 2 = 1 / √d again.
 
 Lengths are not specialised: Triton would compile the kernels anew for those that are 1 or multiples of 16, and nothing
 here gains by it.
