@@ -109,10 +109,10 @@ def delta_kernel(O, dO, L, delta, log2_L, n_queries, padded, heads, WIDTH: tl.co
     tl.store(log2_L + at, l * LOG2_E)
 
 
-@triton.jit(do_not_specialize=["n_queries", "padded", "n_keys", "heads"])
+@triton.jit(do_not_specialize=["n_queries", "padded", "n_keys", "heads", "group"])
 def dkdv_kernel(
-    Q, K, V, dO, log2_L, delta, dK, dV, n_queries, padded, n_keys, heads, scale,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    Q, K, V, dO, log2_L, delta, dK, dV, n_queries, padded, n_keys, heads, group, scale,
+    GROUPED: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys; `heads` counts heads of keys here.
@@ -130,12 +130,12 @@ def dkdv_kernel(
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
 
-    if GROUP == 1:  # no loop over a single head: nested loops cost registers
+    if not GROUPED:  # no loop over a single head: nested loops cost registers
         dk, dv = _dkdv_of_head(dk, dv, k, v, Q, dO, log2_L, delta, batch, kv_head, heads, keys, start, n_queries,
                                padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION, SETTLE)  # fmt: skip
     else:
-        for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
-            dk, dv = _dkdv_of_head(dk, dv, k, v, Q, dO, log2_L, delta, batch, head, heads * GROUP, keys, start,
+        for head in range(kv_head * group, kv_head * group + group):
+            dk, dv = _dkdv_of_head(dk, dv, k, v, Q, dO, log2_L, delta, batch, head, heads * group, keys, start,
                                    n_queries, padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION,
                                    SETTLE)  # fmt: skip
 

@@ -180,8 +180,8 @@ def launch_dkdv(
     q, do = _descriptors(tiles.queries, Q, dO)
     dkdv_kernel[(batch * kv_heads * triton.cdiv(n_keys, tiles.keys),)](
         q, *_descriptors(tiles.keys, K, V), do, log2_L, delta, *_descriptors(tiles.keys, dK, dV),
-        n_queries, delta.shape[-1], n_keys, kv_heads, scale * LOG2_E.value,
-        GROUP=heads // kv_heads, SETTLE=not INTERPRETED and Q.dtype != torch.float32,
+        n_queries, delta.shape[-1], n_keys, kv_heads, heads // kv_heads, scale * LOG2_E.value,
+        GROUPED=heads > kv_heads, SETTLE=not INTERPRETED and Q.dtype != torch.float32,
         **_constants(tiles, Q, is_causal),
     )  # fmt: skip
 
