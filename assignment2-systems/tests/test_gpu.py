@@ -245,8 +245,8 @@ def test_tf32_on_request_only():
         errors = relative_errors(results(attend, *inputs, True), expected)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert 1e-5 < errors["O"] < 1e-3  # it is TF32
-    assert max(errors.values()) < 2e-3
+    assert 1e-5 < errors["O"] < 3e-3  # it is TF32
+    assert max(errors.values()) < 5e-3
     assert_errors_within(results(attend, *inputs, True), expected, 1e-5)
 
 
