@@ -20,6 +20,10 @@ from cs336_systems.flash_attention import FlashAttentionPyTorch, flash_attention
 AttentionName = Literal["plain", "flash", "flash-pytorch", "sdpa-flash", "sdpa-cudnn", "flex"]
 
 
+#: Queries and keys of a block of FlexAttention's mask.
+FLEX_BLOCK = 128
+
+
 def causal_attention(name: AttentionName) -> CausalAttention:
     """The attention of that name."""
     return _IMPLEMENTATIONS[name]
@@ -51,14 +55,25 @@ def _compiled_flex() -> Callable[..., Any]:
 
 @functools.cache
 def _causal_block_mask(n_queries: int, n_keys: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The blocks of causal attention, written down: `create_block_mask` makes the whole square to find them.
+
+    Row i of 128 queries needs a mask in block i of the keys, and sees those before it in full.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows, columns = (-(-n // FLEX_BLOCK) for n in (n_queries, n_keys))
+    row = torch.arange(rows, device=device, dtype=torch.int32)
+    diagonal = torch.zeros(1, 1, rows, columns, device=device, dtype=torch.int32)
+    diagonal[..., 0] = row.clamp(max=columns - 1)
+    before = torch.arange(columns, device=device, dtype=torch.int32).expand(1, 1, rows, columns).contiguous()
 
     def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return query >= key
 
-    # Compiled, it never holds the [queries keys] mask, of 4 GB at 65536.
-    create = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-    return create(causal, None, None, n_queries, n_keys, device=device.type)
+    return BlockMask.from_kv_blocks(
+        (row < columns).int()[None, None], diagonal, row.clamp(max=columns)[None, None], before,
+        BLOCK_SIZE=FLEX_BLOCK, mask_mod=causal, seq_lengths=(n_queries, n_keys),
+    )  # fmt: skip
 
 
 _IMPLEMENTATIONS: dict[str, CausalAttention] = {

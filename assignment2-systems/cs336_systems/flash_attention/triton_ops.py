@@ -1,8 +1,8 @@
 """Running the Triton kernels: tile sizes, tensor descriptors, operators that torch.compile knows, and autograd."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,9 +99,10 @@ def flash_forward(Q: Tensor, K: Tensor, V: Tensor, is_causal: bool) -> tuple[Ten
     O, L = _flash_forward_outputs(Q, K, V, is_causal)
     if O.numel() == 0 or K.numel() == 0:
         return O.zero_(), L.fill_(-math.inf)
-    q, k, v = (_copyable(_four_dimensions(x)) for x in (Q, K, V))
-    with _written_to(O) as o:
+    q, k, v, o = _copyable(Q), _copyable(K), _copyable(V), _four_dimensions(O)
+    with torch.cuda.device_of(Q):
         _run("forward", launch_forward, q, k, v, o, L, is_causal, Q.shape[-1] ** -0.5)
+    _copy_back(O, o)
     return O, L
 
 
@@ -114,13 +115,14 @@ def flash_backward(
     if Q.numel() == 0 or K.numel() == 0:
         return dQ.zero_(), dK.zero_(), dV.zero_()
     scale = Q.shape[-1] ** -0.5
-    q, k, v, o, do = (_copyable(_four_dimensions(x)) for x in (Q, K, V, O, dO))
+    q, k, v, do = _copyable(Q), _copyable(K), _copyable(V), _copyable(dO)
+    dq, dk, dv = _four_dimensions(dQ), _four_dimensions(dK), _four_dimensions(dV)
     with torch.cuda.device_of(Q):
-        delta, log2_L = launch_delta(o, do, L)
-    with _written_to(dK) as dk, _written_to(dV) as dv:
+        delta, log2_L = launch_delta(_copyable(O), do, L)
         _run("dkdv", launch_dkdv, q, k, v, do, log2_L, delta, dk, dv, is_causal, scale)
-    with _written_to(dQ) as dq:
         _run("dq", launch_dq, q, k, v, do, log2_L, delta, dq, is_causal, scale)
+    for X, x in ((dQ, dq), (dK, dk), (dV, dv)):
+        _copy_back(X, x)
     return dQ, dK, dV
 
 
@@ -151,22 +153,22 @@ def launch_forward(
     tiles: Tiles, Q: Tensor, K: Tensor, V: Tensor, O: Tensor, L: Tensor, is_causal: bool, scale: float
 ) -> None:
     """Write O and L."""
-    batch, heads, n_queries, _ = Q.shape
+    batch, heads, n_queries, d = Q.shape
+    (q, o), (k, v) = _descriptors(tiles.queries, Q, O), _descriptors(tiles.keys, K, V)
     forward_kernel[(batch * heads * triton.cdiv(n_queries, tiles.queries),)](
-        *_descriptors(tiles.queries, Q), *_descriptors(tiles.keys, K, V), *_descriptors(tiles.queries, O), L,
-        n_queries, K.shape[2], heads, heads // K.shape[1], scale * LOG2_E.value,
-        **_constants(tiles, Q, is_causal),
+        q, k, v, o, L, n_queries, K.shape[2], heads, heads // K.shape[1], scale * LOG2_E.value,
+        **_constants(tiles, d, Q.dtype, is_causal),
     )  # fmt: skip
 
 
 def launch_delta(O: Tensor, dO: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
     """D = rowsum(O ∘ dO) and L log₂e, each [batch heads n_queries] padded to whole tiles."""
-    batch, heads, n_queries, _ = O.shape
+    batch, heads, n_queries, d = O.shape
     tiles = triton.cdiv(n_queries, DELTA_ROWS)
     delta, log2_L = O.new_empty(2, batch, heads, tiles * DELTA_ROWS, dtype=torch.float32)
     delta_kernel[(batch * heads * tiles,)](
         *_descriptors(DELTA_ROWS, O, dO), L.contiguous(), delta, log2_L, n_queries, tiles * DELTA_ROWS, heads,
-        WIDTH=_width(O), QUERIES=DELTA_ROWS,
+        WIDTH=_width(d), QUERIES=DELTA_ROWS,
     )  # fmt: skip
     return delta, log2_L
 
@@ -176,13 +178,13 @@ def launch_dkdv(
     is_causal: bool, scale: float,
 ) -> None:  # fmt: skip
     """Write dK and dV."""
-    (batch, heads, n_queries, _), (_, kv_heads, n_keys, _) = Q.shape, K.shape
-    q, do = _descriptors(tiles.queries, Q, dO)
+    (batch, heads, n_queries, d), (_, kv_heads, n_keys, _) = Q.shape, K.shape
+    (q, do), (k, v, dk, dv) = _descriptors(tiles.queries, Q, dO), _descriptors(tiles.keys, K, V, dK, dV)
     dkdv_kernel[(batch * kv_heads * triton.cdiv(n_keys, tiles.keys),)](
-        q, *_descriptors(tiles.keys, K, V), do, log2_L, delta, *_descriptors(tiles.keys, dK, dV),
+        q, k, v, do, log2_L, delta, dk, dv,
         n_queries, delta.shape[-1], n_keys, kv_heads, heads // kv_heads, scale * LOG2_E.value,
         GROUPED=heads > kv_heads, SETTLE=not INTERPRETED and Q.dtype != torch.float32,
-        **_constants(tiles, Q, is_causal),
+        **_constants(tiles, d, Q.dtype, is_causal),
     )  # fmt: skip
 
 
@@ -191,12 +193,12 @@ def launch_dq(
     is_causal: bool, scale: float,
 ) -> None:  # fmt: skip
     """Write dQ."""
-    batch, heads, n_queries, _ = Q.shape
-    q, do, dq = _descriptors(tiles.queries, Q, dO, dQ)
+    batch, heads, n_queries, d = Q.shape
+    (q, do, dq), (k, v) = _descriptors(tiles.queries, Q, dO, dQ), _descriptors(tiles.keys, K, V)
     dq_kernel[(batch * heads * triton.cdiv(n_queries, tiles.queries),)](
-        q, *_descriptors(tiles.keys, K, V), do, log2_L, delta, dq, n_queries, delta.shape[-1], K.shape[2],
-        heads, heads // K.shape[1], scale * LOG2_E.value,
-        **_constants(tiles, Q, is_causal),
+        q, k, v, do, log2_L, delta, dq,
+        n_queries, delta.shape[-1], K.shape[2], heads, heads // K.shape[1], scale * LOG2_E.value,
+        **_constants(tiles, d, Q.dtype, is_causal),
     )  # fmt: skip
 
 
@@ -220,45 +222,60 @@ def _check_kernels_can_run(Q: Tensor) -> None:
         )
 
 
+# What follows runs at every call, while a GPU with a short sequence has nothing else to do: it is kept short.
+
+
 def _four_dimensions(x: Tensor) -> Tensor:
-    """[... heads sequence d] as [batch heads sequence d], d padded with zeros to what the copy engine can move."""
-    x = x.flatten(0, -4) if x.dim() > 4 else x.reshape(*[1] * (4 - x.dim()), *x.shape)
-    step = 16 // x.element_size()
-    missing = max(16, -(-x.shape[-1] // step) * step) - x.shape[-1]
+    """[... heads sequence d] as [batch heads sequence d], d padded with zeros to what the TMA can move."""
+    if x.dim() != 4:
+        x = x.flatten(0, -4) if x.dim() > 4 else x.reshape(*[1] * (4 - x.dim()), *x.shape)
+    d = x.shape[-1]
+    missing = 16 - d if d < 16 else -d % (16 // x.element_size())  # rows of at least 16 numbers, whole 16 bytes
     return pad(x, (0, missing)) if missing else x
 
 
-@contextmanager
-def _written_to(x: Tensor) -> Iterator[Tensor]:
-    """`x` in four dimensions to write to: a view of it, or, where d is padded, a tensor that is copied to it later."""
-    view = _four_dimensions(x)
-    yield view
-    if view.shape[-1] != x.shape[-1]:
-        x.copy_(view[..., : x.shape[-1]].reshape(x.shape))
-
-
 def _copyable(x: Tensor) -> Tensor:
-    """`x`, or a copy where its address or strides are not those that the copy engine takes."""
+    """`x` in four dimensions, or a copy where its address or strides are not those that the TMA takes."""
+    x = _four_dimensions(x)
     *outer, inner = x.stride()
-    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in outer)
-    if inner == 1 and aligned and x.data_ptr() % 16 == 0:
+    size = x.element_size()
+    if inner == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride * size % 16 == 0 for stride in outer):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _copy_back(X: Tensor, x: Tensor) -> None:
+    """Where `x`, which is `X` in four dimensions, is no view of it but padded: fill `X`."""
+    if x.shape[-1] != X.shape[-1]:
+        X.copy_(x[..., : X.shape[-1]].reshape(X.shape))
+
+
 def _descriptors(rows: int, *tensors: Tensor) -> list[TensorDescriptor]:
-    """Descriptors of [batch heads sequence d] tensors that load and store blocks of [1 1 rows D]."""
-    return [TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, rows, _width(x)]) for x in tensors]
+    """Descriptors of [batch heads sequence d] tensors that load and store blocks of [1 1 rows WIDTH]."""
+    descriptors = []
+    for x in tensors:
+        # Past the constructor, which checks what `_copyable` has seen to and takes longer than all else here.
+        descriptor = object.__new__(TensorDescriptor)
+        descriptor.base, descriptor.shape, descriptor.strides = x, [*x.shape], [*x.stride()]
+        descriptor.block_shape = [1, 1, rows, _width(x.shape[-1])]
+        descriptors.append(descriptor)
+    return descriptors
 
 
-def _width(x: Tensor) -> int:
-    return triton.next_power_of_2(x.shape[-1])
+@functools.cache
+def _width(d: int) -> int:
+    return triton.next_power_of_2(d)
 
 
-def _constants(tiles: Tiles, Q: Tensor, is_causal: bool) -> dict[str, Any]:
+def _constants(tiles: Tiles, d: int, dtype: torch.dtype, is_causal: bool) -> dict[str, Any]:
+    return _constants_of(tiles, d, is_causal, "tf32" if dtype == torch.float32 and _tf32() else "ieee")
+
+
+@functools.cache
+def _constants_of(tiles: Tiles, d: int, is_causal: bool, precision: str) -> dict[str, Any]:
     return {
-        "WIDTH": _width(Q), "QUERIES": tiles.queries, "KEYS": tiles.keys, "STAGES": tiles.stages, "CAUSAL": is_causal,
-        "PRECISION": "tf32" if _tf32() else "ieee", "num_warps": tiles.warps, "maxnreg": tiles.registers,
+        "WIDTH": _width(d), "QUERIES": tiles.queries, "KEYS": tiles.keys, "STAGES": tiles.stages, "CAUSAL": is_causal,
+        "PRECISION": precision, "num_warps": tiles.warps, "maxnreg": tiles.registers,
     }  # fmt: skip
 
 
@@ -285,14 +302,13 @@ def _run(kernel: str, launch: Callable[..., None], Q: Tensor, K: Tensor, *argume
     depend on the calls before it.
     """
     *_, is_causal, _ = arguments
-    candidates = tiles_for(kernel, _width(Q), Q.dtype)
-    with torch.cuda.device_of(Q):
-        for tiles in candidates:
-            key = (Q.device, kernel, _width(Q), Q.dtype, _tf32(), is_causal, Q.shape[1] // K.shape[1], tiles)
-            if key in _too_large:
-                continue
-            try:
-                return launch(tiles, Q, K, *arguments)
-            except OutOfResources:
-                _too_large.add(key)
-        raise RuntimeError(f"none of the tiles {candidates} fits on {Q.device}")
+    candidates = tiles_for(kernel, _width(Q.shape[-1]), Q.dtype)
+    for tiles in candidates:
+        key = (Q.device, Q.dtype, kernel, tiles, Q.shape[-1], Q.shape[1] // K.shape[1], is_causal)
+        if key in _too_large:
+            continue
+        try:
+            return launch(tiles, Q, K, *arguments)
+        except OutOfResources:
+            _too_large.add(key)
+    raise RuntimeError(f"none of the tiles {candidates} fits on {Q.device}")
