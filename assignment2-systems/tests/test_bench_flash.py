@@ -47,6 +47,8 @@ def test_the_file_holds_a_row_for_each_case(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["flash", "flash-pytorch"])
 def test_ours_passes_the_check(name):
+    if name == "flash":
+        pytest.importorskip("triton")
     row = flash_row(name, **SMALL | {"device": default_device()})
     assert row["status"] == "ok", row
     assert row["error"] < 1e-4

@@ -59,6 +59,7 @@ def test_bf16_leaves_the_parameters_alone():
 
 
 def test_fused_parts_give_the_same_step():
+    pytest.importorskip("triton")
     plain = TrainingStep(CONFIG)
     fused = TrainingStep(dataclasses.replace(CONFIG, optimizer="fused", loss="fused"))
     torch.testing.assert_close(fused.forward(), plain.forward())
