@@ -62,6 +62,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results"))
     arguments = parser.parse_args()
+    if not hasattr(nvidia, "make_kernel_signature"):
+        raise SystemExit("host_time replaces the launcher of Triton 3.7, which this Triton does not have")
     nvidia.annotate_arguments = nvidia.make_kernel_signature = lambda signature: None  # for the launcher in C
     driver.set_active(NoDriver())
     triton_ops._check_kernels_can_run = lambda Q: None
