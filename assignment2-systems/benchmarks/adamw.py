@@ -16,7 +16,7 @@ import torch
 from cs336_basics.model import BasicsTransformerLM, ModelConfig
 from cs336_basics.optimizer import AdamW
 from cs336_systems.adamw import FusedAdamW
-from cs336_systems.measure import default_device, median_ms, or_out_of_memory, peak_bytes, show, write_result
+from cs336_systems.measure import default_device, extra_bytes, median_ms, or_out_of_memory, show, write_result
 from cs336_systems.models import MODELS
 
 TINY = {"tiny": ModelConfig(100, 16, d_model=16, num_layers=2, num_heads=2)}
@@ -41,8 +41,7 @@ def measured(make: Callable[..., torch.optim.Optimizer], config: ModelConfig, de
     row = {"parameters": elements, "tensors": len(parameters), "ms": median_ms(optimizer.step, device)}
     row["GB_per_s"] = 7 * 4 * elements / row["ms"] / 1e6
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        row["extra_MiB"] = (peak_bytes(optimizer.step, device) - before) / 2**20
+        row["extra_MiB"] = extra_bytes(optimizer.step, device) / 2**20
     return row
 
 

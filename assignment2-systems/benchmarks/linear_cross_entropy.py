@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from cs336_systems.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from cs336_systems.measure import default_device, median_ms, or_out_of_memory, peak_bytes, show, write_result
+from cs336_systems.measure import default_device, extra_bytes, median_ms, or_out_of_memory, show, write_result
 
 #: (tokens, d_model, vocab)
 SHAPES = [
@@ -61,8 +61,7 @@ def measured(loss: Callable, shape: tuple[int, int, int], device: torch.device) 
     row = {"loss": step()[0].item(), "ms": median_ms(step, device)}
     row["model_tflops"] = 6 * tokens * d_model * vocab / row["ms"] / 1e9  # the three products that must be
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        row["extra_MiB"] = (peak_bytes(step, device) - before) / 2**20
+        row["extra_MiB"] = extra_bytes(step, device) / 2**20
     return row
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from cs336_systems.measure import default_device, median_ms, or_out_of_memory, peak_bytes, show, write_result
+from cs336_systems.measure import default_device, extra_bytes, median_ms, or_out_of_memory, show, write_result
 from cs336_systems.rms_norm import rms_norm, rms_norm_reference
 
 #: (rows, d_model)
@@ -58,8 +58,7 @@ def measured(norm: Callable, shape: tuple[int, int], device: torch.device) -> di
     row = {"forward_ms": median_ms(forward, device), "forward_backward_ms": median_ms(both, device)}
     row["forward_GB_per_s"] = 2 * x.numel() * x.element_size() / row["forward_ms"] / 1e6
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        row["extra_MiB"] = (peak_bytes(both, device) - before) / 2**20
+        row["extra_MiB"] = extra_bytes(both, device) / 2**20
     return row
 
 

@@ -130,17 +130,7 @@ def adamw_step(
 
 
 @adamw_step.register_fake
-def _(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    moments: list[Tensor],
-    squares: list[Tensor],
-    step_size: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-) -> None:
+def _(*arguments: object) -> None:
     return None
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cs336_basics.model import BasicsTransformerLM
-from cs336_systems.measure import Row, check_options, device_named, gpu_or_cpu, peak_bytes, run_grid, show, times_ms
+from cs336_systems.measure import Row, check_options, device_named, extra_bytes, gpu_or_cpu, run_grid, show, times_ms
 from cs336_systems.models import SizeName
 from cs336_systems.training_step import StepConfig, StepGrid, TrainingStep
 
@@ -233,8 +233,7 @@ def measure_checkpointing(
         def accumulate() -> None:
             step.forward().backward()
 
-        before = torch.cuda.memory_allocated(config.device)
-        row["peak_MB"] = (peak_bytes(accumulate, config.device) - before) / 1e6
+        row["peak_MB"] = extra_bytes(accumulate, config.device) / 1e6
         row["predicted_peak_MB"] = peak / 1e6
     row["step_ms"] = statistics.median(times_ms(step.forward_backward, config.device, warmup, steps))
     return row

@@ -127,6 +127,12 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
+def extra_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """The most CUDA memory that tensors held while `function` ran, less what they held before, in bytes."""
+    before = torch.cuda.memory_allocated(device)
+    return peak_bytes(function, device) - before
+
+
 def or_out_of_memory(function: Callable[[], Row]) -> Row:
     """The row that `function` measures, or {"status": "out of memory"}; what it had allocated is freed."""
     try:
