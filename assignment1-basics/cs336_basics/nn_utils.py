@@ -45,7 +45,6 @@ def _below_zero(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
     return x - x.detach().amax(dim, keepdim=True)
 
 
-@torch.no_grad()
 def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients, in place, so that their joint L2 norm is at most `max_norm`.
 
@@ -54,16 +53,30 @@ def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor
     Returns:
         The norm before clipping.
     """
+    parameters = list(parameters)
+    norm = gradient_norm(parameters)
+    scale_gradients(parameters, norm, max_norm)
+    return norm
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
+    """The joint L2 norm of all gradients."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
     norms = torch.stack(
         [norm.to(gradients[0].device) for norm in torch._foreach_norm(gradients, dtype=_norm_dtype(gradients))]
     )
-    norm = norms.square().sum().sqrt()
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor)
-    return norm
+    return norms.square().sum().sqrt()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[Tensor], norm: Float[Tensor, ""], max_norm: float) -> None:
+    """Scale all gradients, whose joint norm is `norm`, in place, so that it becomes `max_norm` at most."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def _norm_dtype(gradients: list[Tensor]) -> torch.dtype:

@@ -1,0 +1,124 @@
+"""The collectives that data parallelism is made of, each started in the background.
+
+A collective returns something to `wait()` for. With NCCL that makes the GPU's current stream wait, and the host goes
+on; with gloo the host waits. Every process of a group must start the same collectives in the same order.
+"""
+
+from collections.abc import Iterable
+from itertools import repeat
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Renamed in torch 2.13, where the older names warn.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+#: A group of processes; None is all of them.
+Group = dist.ProcessGroup | None
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object: ...
+
+
+class AllReduceMean:
+    """Replace a tensor, in place, by its mean over the processes. Valid after `wait()`."""
+
+    def __init__(self, tensor: Tensor, group: Group = None) -> None:
+        self._tensor = tensor
+        self._buffer = tensor.contiguous()  # a copy only where it must be
+        operation, self._divisor = _mean(group)
+        self._work = dist.all_reduce(self._buffer, operation, group, async_op=True)
+
+    def wait(self) -> None:
+        self._work.wait()
+        if self._divisor != 1:
+            self._buffer.div_(self._divisor)
+        if self._buffer is not self._tensor:
+            self._tensor.copy_(self._buffer)
+
+
+class ReduceScatterMean:
+    """Average a 1-D tensor over the processes and keep one share of it: process r the r-th of equal parts."""
+
+    def __init__(self, tensor: Tensor, group: Group = None) -> None:
+        self._tensor = tensor  # alive until the collective has read it
+        self._share = tensor.new_empty(tensor.numel() // dist.get_world_size(group))
+        operation, self._divisor = _mean(group)
+        self._work = _reduce_scatter(self._share, tensor, operation, group, async_op=True)
+
+    def wait(self, dtype: torch.dtype) -> Tensor:
+        """[numel / world_size] The share, as `dtype`."""
+        self._work.wait()
+        share = self._share.to(dtype)
+        return share.div_(self._divisor) if self._divisor != 1 else share
+
+
+def all_gather(output: Tensor, share: Tensor, group: Group = None) -> Pending:
+    """Lay the shares of all processes end to end in `output`."""
+    return _all_gather(output, share, group, async_op=True)
+
+
+def broadcast(tensors: Iterable[Tensor], sources: Iterable[int] = repeat(0), group: Group = None) -> None:
+    """Give every process the values that process `source` of the group has, for each tensor and its source."""
+    under_way = []
+    for tensor, source in zip(tensors, sources):
+        buffer = tensor.detach().contiguous()
+        under_way.append((tensor, buffer, dist.broadcast(buffer, group=group, group_src=source, async_op=True)))
+    for tensor, buffer, work in under_way:
+        work.wait()
+        if buffer.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(buffer)
+
+
+def check_same_everywhere(lines: list[str], what: str, group: Group = None) -> None:
+    """Compare a description, line by line, with process 0's.
+
+    Raises:
+        ValueError: on every process, if any of them differs; it names the processes and the first difference.
+    """
+    theirs: list[list[str] | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(theirs, lines, group=group)
+    first = theirs[0] or []
+    different = [rank for rank, other in enumerate(theirs) if other != first]
+    if not different:
+        return
+    other = theirs[different[0]] or []
+    position = next((i for i, (a, b) in enumerate(zip(first, other)) if a != b), min(len(first), len(other)))
+    ours, others = (lines[position] if position < len(lines) else "nothing" for lines in (first, other))
+    raise ValueError(
+        f"the processes have different {what}: process 0 has {ours}, process {different[0]} has {others} "
+        f"(differing from process 0: {', '.join(map(str, different))}); start all of them with the same options"
+    )
+
+
+def describe(module: nn.Module) -> list[str]:
+    """A line for each parameter and buffer: name, shape, dtype and whether it is trained."""
+    parameters = [
+        f"parameter {name} {tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
+        for name, p in module.named_parameters()
+    ]
+    return parameters + [f"buffer {name} {tuple(b.shape)} {b.dtype}" for name, b in module.named_buffers()]
+
+
+def _mean(group: Group) -> tuple[dist.ReduceOp.RedOpType, int]:
+    """The reduction that gives a mean, and what its result is still to be divided by: only NCCL has a mean."""
+    if dist.get_backend(group) == dist.Backend.NCCL:
+        return dist.ReduceOp.AVG, 1
+    return dist.ReduceOp.SUM, dist.get_world_size(group)
+
+
+def flatten(tensors: list[Tensor]) -> Tensor:
+    """[sum of numels]: the tensors, which have one dtype, end to end, in memory of their own."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad

@@ -1,0 +1,209 @@
+"""Fully sharded data parallelism: each process keeps a share of every weight, whole ones only while in use."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves, tree_map
+
+from cs336_basics.model import Embedding, Linear
+from cs336_basics.nn_utils import gradient_norm, scale_gradients
+from cs336_systems.parallel.collectives import Group
+from cs336_systems.parallel.flat import FlatDataParallel
+from cs336_systems.parallel.unit import ShardRange, Slot, Unit
+
+
+class FSDP(FlatDataParallel):
+    """ZeRO stage 3 (Rajbhandari et al. 2020, Zhao et al. 2023): one all-gather and one reduce-scatter a unit.
+
+    The weights of `Linear` and `Embedding` are sharded. Those inside a module of one of `unit_classes` make a unit and
+    travel and live together. Other parameters, those of norms, are small: every process keeps them, and their
+    gradients are averaged at the end.
+
+        forward pass     gather unit i, begin to gather i+1, run i, free i
+        backward pass    gather unit i, begin to gather i-1, run i, free i, begin to reduce-scatter its gradients
+
+    Outside of a pass the sharded parameters of the module are 1-D shares, and so are their gradients after
+    `finish_gradient_synchronization()`: what an optimizer wants. A weight that two units use makes one unit of them.
+    All processes must run the same units in the same order.
+
+    Under `no_sync()` whole gradients are kept, in `compute_dtype`. Backward passes without it add up shares, which
+    costs messages but no memory.
+
+    Args:
+        module: the module, on the device where it trains.
+        compute_dtype: to which weights are cast before they travel, and floating-point inputs of a unit before they
+            are used; gradients travel in it too. None: no casts.
+        unit_classes: what makes a unit; of nested ones the outermost. With a block of a Transformer for a unit
+            there are fewer and larger messages, and torch.compile sees the code of a block as a whole.
+        group: the processes that share the work; None for all.
+
+    Raises:
+        ValueError: the processes have different modules; a unit has weights of several dtypes; a weight is also used
+            outside of `Linear` and `Embedding`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        compute_dtype: torch.dtype | None = None,
+        unit_classes: tuple[type[nn.Module], ...] = (Linear, Embedding),
+        group: Group = None,
+    ) -> None:
+        super().__init__(module, group)
+        self.compute_dtype = compute_dtype
+        # With NCCL a group has a stream of its own: gradients need not queue behind weights.
+        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+        gradient_group = dist.new_group(ranks, use_local_synchronization=group is not None)
+        self.units = [
+            Unit(modules, weights, compute_dtype, group, gradient_group)
+            for modules, weights in _find_units(module, unit_classes)
+        ]
+        shards = {shard for unit in self.units for shard in unit.shards}
+        self.trainable = [p for p in module.parameters() if p.requires_grad and p not in shards]
+        for unit in self.units:
+            for part in unit.modules:
+                part.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True)
+                part.register_forward_hook(partial(self._after_forward, unit), always_call=True)
+            for weight in unit.whole:
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(partial(self._on_gradient, unit))
+        self._in_backward = False
+        self._trace: list[Unit] = []  # the units of this forward pass so far
+        self._last_trace: list[Unit] = []  # and of the one before, which tells who comes next ...
+        self._as_before = True  # ... as long as the two agree
+        self._reducing: list[Unit] = []  # units whose gradients are under way
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._free_all()
+        self._last_trace, self._trace, self._as_before = self._trace, [], True
+        return self.module(*args, **kwargs)
+
+    def finish_gradient_synchronization(self) -> None:
+        for unit in self.units:  # some of their weights got no gradient, or the last backward pass was under no_sync
+            if unit.has_gradients:
+                self._reduce(unit)
+        self._finish_reducing(still_under_way=0)
+        super().finish_gradient_synchronization()
+        self._free_all()
+
+    def clip_gradient(self, max_norm: float) -> Tensor:
+        shards = [shard for unit in self.units for shard in unit.shards]
+        replicated = gradient_norm(self.trainable)
+        squares = gradient_norm(shards).to(replicated.device).square()
+        dist.all_reduce(squares, group=self.group)
+        norm = (squares + replicated.square()).sqrt()
+        scale_gradients([*shards, *self.trainable], norm, max_norm)
+        return norm
+
+    @torch.no_grad()
+    def gather_full_params(self) -> dict[str, Tensor]:
+        """All parameters, whole and in full precision, on every process, by their names in the wrapped module."""
+        whole = {shard: full for unit in self.units for shard, full in zip(unit.shards, unit.full_weights())}
+        return {name: whole.get(p, p.detach().clone()) for name, p in self.module.named_parameters()}
+
+    def shard_ranges(self) -> dict[str, ShardRange]:
+        """Which elements of the sharded parameters this process keeps, by their names in the wrapped module."""
+        ranges = {shard: range_ for unit in self.units for shard, range_ in zip(unit.shards, unit.ranges)}
+        return {name: ranges[p] for name, p in self.module.named_parameters() if p in ranges}
+
+    def _before_forward(
+        self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        unit.wait_gathered()
+        if not self._in_backward:  # where a forward pass is one that checkpointing repeats
+            self._trace.append(unit)
+            self._as_before &= self._last_trace[len(self._trace) - 1 : len(self._trace)] == [unit]
+            if self._as_before and len(self._trace) < len(self._last_trace):
+                self._last_trace[len(self._trace)].gather()
+        if self.compute_dtype is None:
+            return None
+        return tree_map(self._cast, (args, kwargs))
+
+    def _after_forward(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._in_backward:
+            return
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+        if outputs:
+            before = self._trace[-2] if len(self._trace) > 1 else None
+            register_multi_grad_hook(outputs, partial(self._before_backward, unit, before), mode="any")
+        is_last = self._as_before and len(self._trace) == len(self._last_trace)
+        if not (outputs and is_last):  # the last unit is the first that the backward pass needs
+            unit.free()
+
+    def _before_backward(self, unit: Unit, before: Unit | None, _: Tensor) -> None:
+        self._in_backward = True
+        if unit.needed_in_backward:
+            unit.wait_gathered()
+        if before is not None and before.needed_in_backward:
+            before.gather()
+
+    def _on_gradient(self, unit: Unit, _: nn.Parameter) -> None:
+        if unit.gradient_arrived():
+            unit.backward_done()
+            if self._synchronizing:
+                self._reduce(unit)
+
+    def _reduce(self, unit: Unit) -> None:
+        # The gradients of two units are under way at most: more would hold memory without being faster.
+        self._finish_reducing(still_under_way=1)
+        unit.reduce_gradients()
+        self._reducing.append(unit)
+
+    def _finish_reducing(self, still_under_way: int) -> None:
+        while len(self._reducing) > still_under_way:
+            self._reducing.pop(0).finish_reducing()
+
+    def _free_all(self) -> None:
+        for unit in self.units:
+            unit.reset()
+        self._in_backward = False
+
+    def _cast(self, x: Any) -> Any:
+        return x.to(self.compute_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def _find_units(
+    module: nn.Module, unit_classes: tuple[type[nn.Module], ...]
+) -> list[tuple[list[nn.Module], dict[nn.Parameter, list[Slot]]]]:
+    """The modules of each unit, and its weights with the places where they are kept."""
+    units: list[tuple[list[nn.Module], dict[nn.Parameter, list[Slot]]]] = []
+    for root in _outermost(module, unit_classes):
+        modules, weights = [root], _weights(root)
+        for other in [unit for unit in units if unit[1].keys() & weights.keys()]:  # tied: one unit
+            units.remove(other)
+            modules = other[0] + modules
+            weights = {p: [*other[1].get(p, []), *weights.get(p, [])] for p in other[1] | weights}
+        if weights:
+            units.append((modules, weights))
+    sharded = {weight for _, weights in units for weight in weights}
+    slots = {slot for _, weights in units for places in weights.values() for slot in places}
+    for name, part in module.named_modules():
+        for own_name, parameter in part.named_parameters(recurse=False):
+            if parameter in sharded and Slot(part, own_name) not in slots:
+                raise ValueError(
+                    f"{name}.{own_name} of {type(part).__name__} is tied to a weight that is sharded; only Linear and "
+                    "Embedding can share one: untie it"
+                )
+    return units
+
+
+def _outermost(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
+    if isinstance(module, classes):
+        yield module
+        return
+    for child in module.children():
+        yield from _outermost(child, classes)
+
+
+def _weights(module: nn.Module) -> dict[nn.Parameter, list[Slot]]:
+    weights: dict[nn.Parameter, list[Slot]] = {}
+    for part in module.modules():
+        if isinstance(part, Linear | Embedding):
+            for name, parameter in part.named_parameters(recurse=False):
+                weights.setdefault(parameter, []).append(Slot(part, name))
+    return weights

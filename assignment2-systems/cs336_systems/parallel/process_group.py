@@ -1,0 +1,164 @@
+"""Joining the processes of a job, under torchrun or started from here, and saying clearly why that fails."""
+
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Backend = Literal["auto", "nccl", "gloo"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a job."""
+
+    rank: int
+    """Its number: 0, 1, … world_size - 1."""
+    world_size: int
+    """How many there are."""
+    device: torch.device
+    """Where it computes."""
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+@contextmanager
+def joined(backend: Backend = "auto", device: str = "auto", timeout_s: float = 600.0) -> Iterator[Process]:
+    """Join the processes that torchrun has started, and leave them at the end.
+
+    Args:
+        backend: nccl for GPUs, gloo for CPUs; auto for the one of the device.
+        device: cuda is the GPU that belongs to this process; cpu; auto for a GPU if there is one.
+        timeout_s: how long to wait for other processes, at the start and in every collective.
+
+    Raises:
+        ValueError: torchrun has not started this process, or there is no such backend or device.
+        ConnectionError: the others do not come.
+    """
+    if not under_torchrun():
+        raise ValueError(
+            "this needs to be started in several processes: torchrun --nproc-per-node 2 -m cs336_systems …"
+        )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    process = Process(rank, world_size, device_of_process(device, int(os.environ.get("LOCAL_RANK", rank))))
+    with _group(process, backend, "env://", timeout_s):
+        yield process
+
+
+def device_of_process(name: str, local_rank: int) -> torch.device:
+    """The device of the process that is number `local_rank` on its machine."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise ValueError(f"device {name!r} is none for several processes; choose auto, cuda or cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; lower "
+            "--nproc-per-node, or choose --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def run_processes(
+    function: Callable[..., T],
+    world_size: int,
+    *args: Any,
+    backend: Backend = "auto",
+    device: str = "cpu",
+    timeout_s: float = 600.0,
+    start_method: str = "spawn",
+) -> list[T]:
+    """Call `function(process, *args)` in new processes of this machine that form a group; their results in order.
+
+    Args:
+        function, args: what can be pickled.
+        timeout_s: for everything together; processes that are not done by then are ended.
+
+    Raises:
+        TimeoutError: they were not done in time.
+        torch.multiprocessing.ProcessRaisedException: one of them failed; the message holds its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _run_process, (world_size, function, args, backend, device, timeout_s, folder), world_size,
+            join=False, start_method=start_method,
+        )  # fmt: skip
+        assert context is not None
+        deadline = time.monotonic() + timeout_s
+        try:
+            while not context.join(timeout=min(1.0, timeout_s)):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{world_size} processes of {function.__name__} took more than {timeout_s:g} s")
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+        return [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
+
+
+def _run_process(
+    rank: int,
+    world_size: int,
+    function: Callable[..., object],
+    args: tuple[Any, ...],
+    backend: Backend,
+    device: str,
+    timeout_s: float,
+    folder: str,
+) -> None:
+    process = Process(rank, world_size, device_of_process(device, rank))
+    with _group(process, backend, f"file://{folder}/rendezvous", timeout_s):
+        result = function(process, *args)
+        dist.barrier()
+    (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(result))
+
+
+@contextmanager
+def _group(process: Process, backend: Backend, where: str, timeout_s: float) -> Iterator[None]:
+    if backend == "auto":
+        backend = "nccl" if process.device.type == "cuda" else "gloo"
+    if backend == "nccl" and not dist.is_nccl_available():
+        raise ValueError("this PyTorch was built without NCCL; choose --backend gloo")
+    if backend == "nccl" and process.device.type != "cuda":
+        raise ValueError("NCCL connects GPUs, but the device is cpu; choose --backend gloo")
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)
+    try:
+        dist.init_process_group(
+            backend, where, timedelta(seconds=timeout_s), process.world_size, process.rank,
+            device_id=process.device if backend == "nccl" else None,
+        )  # fmt: skip
+        dist.barrier()
+    except (dist.DistError, RuntimeError) as error:
+        raise ConnectionError(_why(error, process, timeout_s)) from error
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _why(error: Exception, process: Process, timeout_s: float) -> str:
+    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    address = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '')}"
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return f"port {address} is in use: start torchrun with another --master-port, or with --standalone"
+    return (
+        f"process {process.rank} of {process.world_size} could not join the others at {address} within {timeout_s:g} s "
+        f"({first_line}); are all of them started, and do they reach that address?"
+    )
