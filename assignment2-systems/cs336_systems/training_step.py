@@ -144,7 +144,7 @@ class TrainingStep:
         self.inputs, self.targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
         self._logits: Callable[[Tensor], Tensor] = self.model
-        self._forward: Callable[[Tensor], Tensor] = self.model if config.loss == "plain" else self._hidden
+        self._forward: Callable[[Tensor], Tensor] = self.model if config.loss == "plain" else self.model.hidden
         self._loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy if config.loss == "plain" else self._fused_loss
         if config.mode == "compiled":
             self._logits, self._forward = torch.compile(self._logits), torch.compile(self._forward)
@@ -198,13 +198,6 @@ class TrainingStep:
         """What follows the blocks: final norm, head and loss."""
         x = self.model.ln_final(x)
         return self._loss(x if self.config.loss == "fused" else self.model.lm_head(x), self.targets)
-
-    def _hidden(self, ids: Int[Tensor, "batch context"]) -> Float[Tensor, "batch context d_model"]:
-        """The model without its last linear map."""
-        x = self.model.token_embeddings(ids)
-        for layer in self.model.layers:
-            x = layer(x, None, None)
-        return self.model.ln_final(x)
 
     def _fused_loss(
         self, hidden: Float[Tensor, "batch context d_model"], targets: Int[Tensor, "batch context"]
