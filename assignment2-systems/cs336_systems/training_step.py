@@ -1,6 +1,5 @@
 """One training step of a model of the assignment, cut into its passes: what the measuring commands share."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
 from cs336_basics.nn_utils import cross_entropy
 from cs336_basics.optimizer import AdamW
+from cs336_systems import triton_support
 from cs336_systems.attention import AttentionName, causal_attention
 from cs336_systems.measure import Measurement, Row, check_options, gpu_or_cpu, grid
 from cs336_systems.models import SizeName, model_config
@@ -62,7 +62,7 @@ class StepConfig:
                 raise ValueError(f"attention {self.attention} knows half precision alone on a GPU; choose bf16")
         elif self.attention == "sdpa-cudnn":
             raise ValueError("attention sdpa-cudnn needs an NVIDIA GPU; choose plain, flash-pytorch or sdpa-flash")
-        elif os.environ.get("TRITON_INTERPRET") != "1":  # Triton's interpreter runs the kernels on a CPU
+        elif not triton_support.INTERPRETED:
             for option, name, other in (
                 ("attention", self.attention, "flash-pytorch"),
                 ("optimizer", self.optimizer, "basics"),
