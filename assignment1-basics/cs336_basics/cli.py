@@ -1,15 +1,12 @@
 """The command line: `cs336-basics <command>`, or `python -m cs336_basics <command>`."""
 
 import codecs
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +15,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from cs336_basics import accounting
 from cs336_basics.bpe import train_bpe
+from cs336_basics.command import run_command
 from cs336_basics.corpus import END_OF_TEXT
 from cs336_basics.data import tokenize_file
 from cs336_basics.demo import DemoConfig, run_demo
@@ -259,24 +257,13 @@ Command = (
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; what a user got wrong is one line and exit status 2."""
-    try:
-        command: Any = tyro.cli(Command, prog="cs336-basics", args=args, config=(OmitArgPrefixes,))
-        command.execute()
-    except KeyboardInterrupt:
-        _fail("interrupted; training resumes when the same command is run again", status=130)
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
-    except torch.OutOfMemoryError as error:
-        _fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); lower --batch-size, or raise --microbatches")
-    except (ValueError, FloatingPointError) as error:
-        _fail(str(error))
-
-
-def _fail(message: str, status: int = 2) -> None:
-    print(f"cs336-basics: {message}", file=sys.stderr)
-    raise SystemExit(status)
+    run_command(
+        Command,
+        "cs336-basics",
+        args,
+        interrupted="training resumes when the same command is run again",
+        out_of_memory="lower --batch-size, or raise --microbatches",
+    )
 
 
 def _continue(

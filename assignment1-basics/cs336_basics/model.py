@@ -376,12 +376,21 @@ class BasicsTransformerLM(nn.Module):
         Raises:
             ValueError: the rows are longer than `context_length`.
         """
+        return self.lm_head(self.hidden(token_ids, token_positions, cache))
+
+    def hidden(
+        self,
+        token_ids: Int[Tensor, "... seq"],
+        token_positions: Int[Tensor, "... seq"] | None = None,
+        cache: list[LayerCache] | None = None,
+    ) -> Float[Tensor, "... seq d_model"]:
+        """What the head makes logits of: the model up to its final norm, with the arguments of `forward`."""
         if token_ids.shape[-1] > self.context_length:
             raise ValueError(f"{token_ids.shape[-1]} tokens do not fit into the context length {self.context_length}")
         x = self.token_embeddings(token_ids)
         for index, layer in enumerate(self.layers):
             x = layer(x, token_positions, cache[index] if cache else None)
-        return self.lm_head(self.ln_final(x))
+        return self.ln_final(x)
 
     def new_cache(self, batch: int) -> list[LayerCache]:
         """An empty key-value cache for `batch` rows."""

@@ -157,6 +157,14 @@ def test_logits_and_gradients_equal_llama(changes):
         torch.testing.assert_close(permute(name, parameter.grad), gradients[mapping[name]], rtol=0, atol=1e-5, msg=name)
 
 
+def test_hidden_is_what_the_head_gets():
+    ours, ids = build(), torch.randint(97, (2, 19))
+    theirs, _, _ = llama(ours)
+    hidden = ours.hidden(ids)
+    torch.testing.assert_close(hidden, theirs.model(ids).last_hidden_state, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.lm_head(hidden), ours(ids), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu", "d_ff": None}]
 )

@@ -386,6 +386,7 @@ def test_processes_share_the_batch_of_a_step(config):
 
 
 def test_devices():
-    assert resolve_device("cpu").type == "cpu"
-    with pytest.raises(ValueError, match="device 'abacus' cannot be used here"):
-        resolve_device("abacus")
+    assert resolve_device("cpu") == torch.device("cpu")
+    for name in ("abacus", "cuda:63"):
+        with pytest.raises(ValueError, match=f"device '{name}' cannot be used here .* choose auto or cpu"):
+            resolve_device(name)

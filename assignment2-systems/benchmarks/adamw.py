@@ -15,8 +15,9 @@ import torch
 
 from cs336_basics.model import BasicsTransformerLM, ModelConfig
 from cs336_basics.optimizer import AdamW
+from cs336_basics.strategy import resolve_device
 from cs336_systems.adamw import FusedAdamW
-from cs336_systems.measure import default_device, extra_bytes, median_ms, or_out_of_memory, show, write_result
+from cs336_systems.measure import extra_bytes, median_ms, or_out_of_memory, show, write_result
 from cs336_systems.models import MODELS
 
 TINY = {"tiny": ModelConfig(100, 16, d_model=16, num_layers=2, num_heads=2)}
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the result")
     parser.add_argument("--tiny", action="store_true", help="one small model, which a CPU can do")
     arguments = parser.parse_args()
-    device = default_device()
+    device = resolve_device("auto")
     models = TINY if arguments.tiny else {name: MODELS[name] for name in ("small", "medium", "xl")}
     rows = []
     for name, config in models.items():

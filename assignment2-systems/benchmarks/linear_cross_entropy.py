@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from cs336_basics.strategy import resolve_device
 from cs336_systems.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from cs336_systems.measure import default_device, extra_bytes, median_ms, or_out_of_memory, show, write_result
+from cs336_systems.measure import extra_bytes, median_ms, or_out_of_memory, show, write_result
 
 #: (tokens, d_model, vocab)
 SHAPES = [
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the result")
     parser.add_argument("--tiny", action="store_true", help="one small shape, which a CPU can do")
     arguments = parser.parse_args()
-    device = default_device()
+    device = resolve_device("auto")
     rows = []
     for shape in TINY if arguments.tiny else SHAPES:
         torch.compiler.reset()

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from cs336_basics.optimizer import AdamW
+from cs336_systems.triton_support import check_device
 
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-_INTERPRETED = triton.knobs.runtime.interpret
 #: Elements that one program of the kernel updates.
 BLOCK = 2048
 #: int64 entries for each tensor in the kernel's table.
@@ -78,11 +78,7 @@ def _check_parameter(parameter: Tensor) -> None:
             f"a parameter is {parameter.dtype}, its gradient {gradient.dtype} and {gradient.layout}, but must be dense "
             f"and of one dtype: {remedy}"
         )
-    if not parameter.is_cuda and not _INTERPRETED:
-        raise ValueError(
-            f"a parameter is on {parameter.device}, where Triton cannot run: {remedy}, or set TRITON_INTERPRET=1 "
-            "before the import to debug"
-        )
+    check_device(parameter, "a parameter is", remedy)
 
 
 @torch.library.custom_op("cs336_systems::adamw_step", mutates_args=("parameters", "moments", "squares"))

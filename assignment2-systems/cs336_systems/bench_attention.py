@@ -6,12 +6,12 @@ from typing import Literal
 
 import torch
 
+from cs336_basics.strategy import resolve_device
 from cs336_systems.attention import AttentionName, causal_attention
 from cs336_systems.measure import (
     Measurement,
     Row,
     check_options,
-    device_named,
     gpu_or_cpu,
     grid,
     now_ms,
@@ -48,7 +48,7 @@ class BenchAttention(Measurement):
     def execute(self) -> None:
         check_options(self, "seqs", "dims", "batch_size", "steps")
         check_options(self, "warmup", least=0)
-        device = device_named(self.device)
+        device = resolve_device(self.device)
         cases = grid(attention=self.attentions, mode=self.modes, dtype=self.dtypes, dim=self.dims, seq=self.seqs)
         settings = list(cases[0]) if cases else []
         for case in cases:

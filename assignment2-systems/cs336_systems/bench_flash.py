@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from cs336_basics.model import CausalAttention
+from cs336_basics.strategy import resolve_device
 from cs336_systems.attention import AttentionName, causal_attention
 from cs336_systems.bench_attention import DType
 from cs336_systems.measure import (
@@ -18,7 +19,6 @@ from cs336_systems.measure import (
     Measurement,
     Row,
     check_options,
-    device_named,
     gpu_or_cpu,
     grid,
     guarded,
@@ -60,7 +60,7 @@ class BenchFlash(Measurement):
 
     def execute(self) -> None:
         check_options(self, "seqs", "dims", "heads", "rep_ms")
-        device = device_named(self.device)
+        device = resolve_device(self.device)
         cases = grid(dtype=self.dtypes, dim=self.dims, seq=self.seqs, attention=self.attentions)
         precision = torch.get_float32_matmul_precision()
         file = self.result_file(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from cs336_basics import accounting
-from cs336_systems.measure import Row, check_options, device_named, run_grid, show, times_ms
+from cs336_basics.strategy import resolve_device
+from cs336_systems.measure import Row, check_options, run_grid, show, times_ms
 from cs336_systems.training_step import Mode, OptimizerName, Pass, StepConfig, StepGrid, TrainingStep
 
 
@@ -29,7 +30,7 @@ class BenchStep(StepGrid):
     def execute(self) -> None:
         check_options(self, "steps")
         check_options(self, "warmups", least=0)
-        device = device_named(self.device)
+        device = resolve_device(self.device)
         axes = {"optimizer": self.optimizers, "mode": self.modes, "pass": self.passes, "warmup": self.warmups}
         cases = self.cases(device, **axes)
         common = {"batch_size": self.batch_size, "steps": self.steps}

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cs336_basics.model import BasicsTransformerLM
-from cs336_systems.measure import Row, check_options, device_named, extra_bytes, gpu_or_cpu, run_grid, show, times_ms
+from cs336_basics.strategy import resolve_device
+from cs336_systems.measure import Row, check_options, extra_bytes, gpu_or_cpu, run_grid, show, times_ms
 from cs336_systems.models import SizeName
 from cs336_systems.training_step import StepConfig, StepGrid, TrainingStep
 
@@ -51,7 +52,7 @@ class Checkpointing(StepGrid):
     def execute(self) -> None:
         check_options(self, "steps", "group_size")
         check_options(self, "warmup", least=0)
-        device = device_named(self.device)
+        device = resolve_device(self.device)
         cases = self.cases(device, strategy=self.strategies)
         what = "forward and backward pass with gradient checkpointing"
         file = self.result_file(what, device, batch_size=self.batch_size)

@@ -4,7 +4,6 @@ Ours is called as the course calls it. PyTorch's kernels and the device's ceilin
 that a warm or a busy minute meets all of them.
 """
 
-import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from cs336_basics.model import CausalAttention
+from cs336_basics.strategy import resolve_device
+from cs336_systems import triton_support
 from cs336_systems.attention import AttentionName, causal_attention
 from cs336_systems.bench_flash import CHECKED_SEQ, attention_flops, check_row, random_inputs
 from cs336_systems.flash_attention import FlashAttentionTriton
@@ -23,7 +24,6 @@ from cs336_systems.measure import (
     ResultFile,
     Row,
     check_options,
-    device_named,
     guarded,
     median_ms,
     progress,
@@ -58,8 +58,8 @@ class Leaderboard2025(Measurement):
 
     def execute(self) -> None:
         check_options(self, "heads", "seq", "dim", "rounds", "rep_ms")
-        device = device_named(self.device)
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        device = resolve_device(self.device)
+        if device.type != "cuda" and not triton_support.INTERPRETED:
             raise ValueError(f"the leaderboard times Triton kernels, but the device is {device}; run it on a GPU")
         what = f"forward and backward of causal attention, [{self.heads} {self.seq} {self.dim}] bfloat16, .sum() loss"
         file = self.result_file(what, device)

@@ -23,10 +23,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cs336_basics.nn_utils import cross_entropy
+from cs336_systems.triton_support import check_device
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
-_INTERPRETED = triton.knobs.runtime.interpret
 
 #: A chunk has about this many logits (256 MiB in bfloat16) ...
 CHUNK_LOGITS = 2**27
@@ -113,11 +113,7 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens:
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, but must be at least 1")
-    if not hidden.is_cuda and not _INTERPRETED:
-        raise ValueError(
-            f"the tensors are on {hidden.device}, where Triton cannot run: move them to a GPU, call "
-            "linear_cross_entropy_reference, or set TRITON_INTERPRET=1 before the import to debug"
-        )
+    check_device(hidden, "the tensors are", "move them to a GPU, call linear_cross_entropy_reference")
 
 
 @torch.library.custom_op("cs336_systems::linear_cross_entropy", mutates_args=())

@@ -38,8 +38,8 @@ def gpu_or_cpu(gpu: T, cpu: T) -> T:
 class Measurement:
     """The options of every command."""
 
-    device: str = "auto"
-    """cpu, cuda, or auto for a GPU if there is one."""
+    device: str = gpu_or_cpu("cuda", "cpu")
+    """cpu, cuda, or cuda:1, say. Default: a GPU if there is one."""
     name: str = "measurement"
     """The result is written to <out>/<name>.json."""
     out: Path = Path("results")
@@ -57,28 +57,6 @@ def check_options(command: object, *names: str, least: int = 1) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and number < least:
                 raise ValueError(f"--{name.replace('_', '-')} is {number}, but must be at least {least}")
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def device_named(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if name == "auto":
-        return default_device()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"there is no device {name!r}; choose auto, cpu or cuda") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs; choose cpu")
-    return device
 
 
 def synchronize(device: torch.device) -> None:

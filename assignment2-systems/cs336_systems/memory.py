@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cs336_systems.measure import Row, device_named, peak_bytes, run_grid, show
+from cs336_basics.strategy import resolve_device
+from cs336_systems.measure import Row, peak_bytes, run_grid, show
 from cs336_systems.models import SizeName
 from cs336_systems.training_step import Pass, Precision, StepConfig, StepGrid, TrainingStep
 
@@ -39,7 +40,7 @@ class Memory(StepGrid):
     name: str = "memory"
 
     def execute(self) -> None:
-        device = device_named(self.device)
+        device = resolve_device(self.device)
         if device.type != "cuda":
             raise ValueError(
                 f"memory is read from the CUDA allocator, but the device is {device}; run this on an NVIDIA GPU"

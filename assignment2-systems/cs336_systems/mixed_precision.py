@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from cs336_basics.model import RMSNorm
 from cs336_basics.nn_utils import cross_entropy
-from cs336_systems.measure import Measurement, Row, device_named, show
+from cs336_basics.strategy import resolve_device
+from cs336_systems.measure import Measurement, Row, show
 
 HALF = (torch.float16, torch.bfloat16)
 NormName = Literal["LayerNorm", "RMSNorm"]
@@ -23,7 +24,7 @@ class MixedPrecision(Measurement):
     name: str = "mixed_precision"
 
     def execute(self) -> None:
-        device = device_named(self.device)
+        device = resolve_device(self.device)
         tables = {
             "1000 times 0.01, added up": accumulation_rows(),
             f"dtypes of a small model under autocast on {device.type}": dtype_rows(device),

@@ -23,13 +23,13 @@ from torch.profiler import ProfilerActivity
 
 from cs336_basics.model import CausalAttention, ModelConfig
 from cs336_basics.nn_utils import softmax
+from cs336_basics.strategy import resolve_device
 from cs336_systems.attention import AttentionName, causal_attention
 from cs336_systems.measure import (
     OK,
     Measurement,
     Row,
     check_options,
-    device_named,
     gpu_or_cpu,
     guarded,
     show,
@@ -107,7 +107,7 @@ class Profile(Measurement):
     def execute(self) -> None:
         check_options(self, "context", "batch_size", "steps")
         check_options(self, "warmup", least=0)
-        device = device_named(self.device)
+        device = resolve_device(self.device)
         config = StepConfig(
             model_config(self.size, self.context), device, self.batch_size, self.attention,
             self.precision, self.mode, self.optimizer, self.loss,

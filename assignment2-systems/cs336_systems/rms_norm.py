@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cs336_basics.model import RMSNorm
+from cs336_systems.triton_support import check_device
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_INTERPRETED = triton.knobs.runtime.interpret
 #: A program holds a whole row in registers.
 MAX_WIDTH = 16_384
 
@@ -70,11 +70,7 @@ def _check_inputs(x: Tensor, weight: Tensor) -> None:
         )
     if x.device != weight.device:
         raise ValueError(f"x and weight are on {x.device} and {weight.device}: move them to one device with .to()")
-    if not x.is_cuda and not _INTERPRETED:
-        raise ValueError(
-            f"the tensors are on {x.device}, where Triton cannot run: move them to a GPU, call rms_norm_reference, "
-            "or set TRITON_INTERPRET=1 before the import to debug"
-        )
+    check_device(x, "the tensors are", "move them to a GPU, call rms_norm_reference")
 
 
 @torch.library.custom_op("cs336_systems::rms_norm", mutates_args=())

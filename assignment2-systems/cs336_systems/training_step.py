@@ -1,6 +1,5 @@
 """One training step of a model of the assignment, cut into its passes: what the measuring commands share."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
 from cs336_basics.nn_utils import cross_entropy
 from cs336_basics.optimizer import AdamW
+from cs336_systems import triton_support
 from cs336_systems.attention import AttentionName, causal_attention
 from cs336_systems.measure import Measurement, Row, check_options, gpu_or_cpu, grid
 from cs336_systems.models import SizeName, model_config
@@ -62,7 +62,7 @@ class StepConfig:
                 raise ValueError(f"attention {self.attention} knows half precision alone on a GPU; choose bf16")
         elif self.attention == "sdpa-cudnn":
             raise ValueError("attention sdpa-cudnn needs an NVIDIA GPU; choose plain, flash-pytorch or sdpa-flash")
-        elif os.environ.get("TRITON_INTERPRET") != "1":  # Triton's interpreter runs the kernels on a CPU
+        elif not triton_support.INTERPRETED:
             for option, name, other in (
                 ("attention", self.attention, "flash-pytorch"),
                 ("optimizer", self.optimizer, "basics"),
@@ -144,7 +144,7 @@ class TrainingStep:
         self.inputs, self.targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
         self._logits: Callable[[Tensor], Tensor] = self.model
-        self._forward: Callable[[Tensor], Tensor] = self.model if config.loss == "plain" else self._hidden
+        self._forward: Callable[[Tensor], Tensor] = self.model if config.loss == "plain" else self.model.hidden
         self._loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy if config.loss == "plain" else self._fused_loss
         if config.mode == "compiled":
             self._logits, self._forward = torch.compile(self._logits), torch.compile(self._forward)
@@ -198,13 +198,6 @@ class TrainingStep:
         """What follows the blocks: final norm, head and loss."""
         x = self.model.ln_final(x)
         return self._loss(x if self.config.loss == "fused" else self.model.lm_head(x), self.targets)
-
-    def _hidden(self, ids: Int[Tensor, "batch context"]) -> Float[Tensor, "batch context d_model"]:
-        """The model without its last linear map."""
-        x = self.model.token_embeddings(ids)
-        for layer in self.model.layers:
-            x = layer(x, None, None)
-        return self.model.ln_final(x)
 
     def _fused_loss(
         self, hidden: Float[Tensor, "batch context d_model"], targets: Int[Tensor, "batch context"]

@@ -7,6 +7,7 @@ import torch
 
 from cs336_basics.optimizer import AdamW
 from cs336_systems import adamw as module
+from cs336_systems import triton_support
 from cs336_systems.adamw import BLOCK, FusedAdamW, adamw_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -205,7 +206,7 @@ def test_a_loaded_state_may_have_other_strides():
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
-    monkeypatch.setattr(module, "_INTERPRETED", False)
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
     parameter = torch.nn.Parameter(torch.zeros(3))
     parameter.grad = torch.zeros(3)
     with pytest.raises(ValueError, match=r"cs336_basics\.optimizer\.AdamW"):

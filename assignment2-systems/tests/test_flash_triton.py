@@ -12,6 +12,7 @@ import torch
 import torch.utils.checkpoint
 from triton.runtime.errors import OutOfResources
 
+from cs336_systems import triton_support
 from cs336_systems.flash_attention import FlashAttentionTriton, flash_attention, triton_ops
 
 from .reference_attention import (
@@ -33,7 +34,7 @@ def inputs_of(shape, n_keys, dtype=torch.float32, seed=0):
 
 
 def test_the_interpreter_is_on_where_there_is_no_gpu():
-    assert (DEVICE == "cpu") == triton_ops.INTERPRETED
+    assert (DEVICE == "cpu") == triton_support.INTERPRETED
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -204,6 +205,12 @@ def shaped(*shape, **kwargs):
 def test_wrong_inputs_are_named(inputs, message):
     with pytest.raises(ValueError, match=message):
         attend(*inputs)
+
+
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="use FlashAttentionPyTorch"):
+        attend(*random_inputs((1, 16, 16), 16)[:3])
 
 
 def test_grouped_heads_of_another_batch_are_named():

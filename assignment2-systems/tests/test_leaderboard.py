@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from cs336_systems import leaderboard
+from cs336_systems import leaderboard, triton_support
 from cs336_systems.bench_flash import attention_flops
 from cs336_systems.leaderboard import Leaderboard2025
 
@@ -15,7 +15,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # it takes longer than all of this
     monkeypatch.setattr(leaderboard, "MATMUL_SIZE", 16)
     monkeypatch.setattr(leaderboard, "COPY_MB", 1)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton_support, "INTERPRETED", True)
     return Leaderboard2025(
         heads=2, seq=32, dim=16, peers=("plain", "sdpa-cudnn"), rounds=2, rep_ms=1,
         device="cpu", out=tmp_path,
@@ -102,6 +102,6 @@ def test_the_defaults_are_the_leaderboards():
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
     with pytest.raises(ValueError, match="run it on a GPU"):
         Leaderboard2025(device="cpu", out=tmp_path).execute()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from cs336_basics.model import Linear
 from cs336_basics.nn_utils import cross_entropy
 from cs336_systems import linear_cross_entropy as module
+from cs336_systems import triton_support
 from cs336_systems.linear_cross_entropy import (
     default_chunk_tokens,
     linear_cross_entropy,
@@ -190,7 +191,7 @@ def test_wrong_inputs_are_refused(change, message):
 
 
 def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
-    monkeypatch.setattr(module, "_INTERPRETED", False)
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
     hidden, weight, targets = (tensor.cpu() for tensor in inputs((3,), 4, 17, torch.float32))
     with pytest.raises(ValueError, match="call linear_cross_entropy_reference"):
         linear_cross_entropy(hidden, weight, targets)

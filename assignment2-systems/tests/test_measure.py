@@ -12,7 +12,6 @@ from cs336_systems.measure import (
     Measurement,
     ResultFile,
     check_options,
-    device_named,
     gpu_or_cpu,
     grid,
     guarded,
@@ -166,9 +165,9 @@ class Command(Measurement):
 
 def test_defaults_depend_on_the_machine(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert Command().sizes == (8, 16)
+    assert (Command().sizes, Command().device) == ((8, 16), "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert Command().sizes == (1, 2)
+    assert (Command().sizes, Command().device) == ((1, 2), "cpu")
 
 
 def test_numbers_that_are_too_small_are_refused():
@@ -178,12 +177,3 @@ def test_numbers_that_are_too_small_are_refused():
         check_options(Command(sizes=(4, 0)), "sizes")
     with pytest.raises(ValueError, match="--group-size is -1, but must be at least 1"):
         check_options(Command(group_size=-1), "group_size")
-
-
-def test_devices():
-    assert device_named("cpu") == CPU
-    assert device_named("auto") == measure.default_device()
-    with pytest.raises(ValueError, match="no device 'warp'; choose auto, cpu or cuda"):
-        device_named("warp")
-    with pytest.raises(ValueError, match="choose cpu"):
-        device_named("cuda:63")

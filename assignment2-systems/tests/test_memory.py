@@ -129,7 +129,7 @@ def test_out_of_memory_is_a_row(tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("no memory left")
         return {"before_GB": 1.0, "peak_GB": 2.0}
 
-    monkeypatch.setattr(memory, "device_named", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(memory, "resolve_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(memory, "measure_memory", measured)
     monkeypatch.setattr("cs336_systems.measure.environment", lambda device: {})
     Memory(contexts=(128,), out=tmp_path).execute()

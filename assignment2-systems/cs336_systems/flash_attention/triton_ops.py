@@ -15,9 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cs336_systems.flash_attention.shapes import check_inputs
 from cs336_systems.flash_attention.triton_kernels import LOG2_E, delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
+from cs336_systems.triton_support import INTERPRETED, check_device
 
-#: Whether TRITON_INTERPRET=1 runs the kernels in Python, on CPU tensors.
-INTERPRETED: bool = triton.knobs.runtime.interpret
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Rows of a program of `delta_kernel`; its results are padded to whole tiles of this many.
@@ -203,11 +202,7 @@ def launch_dq(
 
 
 def _check_kernels_can_run(Q: Tensor) -> None:
-    if not (Q.is_cuda or INTERPRETED):
-        raise ValueError(
-            f"FlashAttentionTriton needs an NVIDIA GPU, but its inputs are on {Q.device}: "
-            "use FlashAttentionPyTorch, or set TRITON_INTERPRET=1 to run the kernels in Python"
-        )
+    check_device(Q, "FlashAttentionTriton needs an NVIDIA GPU, but its inputs are", "use FlashAttentionPyTorch")
     if INTERPRETED and Q.dtype == torch.bfloat16:
         raise ValueError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16 there")
     if Q.dtype not in DTYPES:
