@@ -129,14 +129,15 @@ class Train:
     config: TrainPreset
 
     def execute(self) -> None:
-        config = self.config
-        latest = train(config)
-        if "loss" in latest and "valid_loss" in latest:
-            print(
-                f"step {config.steps}: training loss {latest['loss']:.4f}, validation loss {latest['valid_loss']:.4f}"
-            )
-        plot_loss(config.run, config.run / "loss.png")
-        print(f"written: {config.run}/ (metrics.jsonl, loss.png, checkpoints/)")
+        report(self.config, train(self.config))
+
+
+def report(config: TrainConfig, latest: dict[str, float]) -> None:
+    """Say how a run has ended, and plot its losses."""
+    if "loss" in latest and "valid_loss" in latest:
+        print(f"step {config.steps}: training loss {latest['loss']:.4f}, validation loss {latest['valid_loss']:.4f}")
+    plot_loss(config.run, config.run / "loss.png")
+    print(f"written: {config.run}/ (metrics.jsonl, loss.png, checkpoints/)")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from rich.console import Console
 
 from cs336_basics.accounting import parameter_counts
 from cs336_basics.model import ModelConfig
-from cs336_systems.measure import Measurement, Row, check_options, device_named, show
+from cs336_basics.strategy import resolve_device
+from cs336_systems.measure import Measurement, Row, check_options, show
 from cs336_systems.models import MODELS, SizeName
 
 MB, GB = 1e6, 1e9
@@ -433,7 +434,7 @@ class Accounting(Measurement):
                 console.print(f"- {line}", highlight=False, markup=False)
             if "fsdp_tp_calcs" in title:
                 console.print(f"Forward, FSDP × TP would communicate least at X = {best:.2f}.", highlight=False)
-        file = self.result_file("closed-form accounting of parallel training", device_named(self.device))
+        file = self.result_file("closed-form accounting of parallel training", resolve_device(self.device))
         rows = [{"table": title} | row for title, rows in tables.items() for row in rows]
         file.write(rows, tricks=TRICKS, best_data_size=best)
         file.announce()

@@ -6,6 +6,7 @@ from typing import Annotated
 import tyro
 
 from cs336_basics.command import run_command
+from cs336_systems.accounting import Accounting
 from cs336_systems.bench_attention import BenchAttention
 from cs336_systems.bench_flash import BenchFlash
 from cs336_systems.bench_step import BenchStep
@@ -14,9 +15,12 @@ from cs336_systems.leaderboard import Leaderboard2025
 from cs336_systems.memory import Memory
 from cs336_systems.mixed_precision import MixedPrecision
 from cs336_systems.profiling import Profile
+from cs336_systems.train import Consolidate, Train
 
 Command = (
-    Annotated[BenchStep, tyro.conf.subcommand("bench-step")]
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Consolidate, tyro.conf.subcommand("consolidate")]
+    | Annotated[BenchStep, tyro.conf.subcommand("bench-step")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[Checkpointing, tyro.conf.subcommand("checkpointing")]
@@ -24,6 +28,7 @@ Command = (
     | Annotated[BenchAttention, tyro.conf.subcommand("bench-attention")]
     | Annotated[BenchFlash, tyro.conf.subcommand("bench-flash")]
     | Annotated[Leaderboard2025, tyro.conf.subcommand("leaderboard-2025")]
+    | Annotated[Accounting, tyro.conf.subcommand("accounting")]
 )
 
 

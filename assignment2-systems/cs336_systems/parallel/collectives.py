@@ -6,7 +6,7 @@ on; with gloo the host waits. Every process of a group must start the same colle
 
 from collections.abc import Iterable
 from itertools import repeat
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 Group = dist.ProcessGroup | None
 
 
+@runtime_checkable
 class Pending(Protocol):
     """A collective under way."""
 

@@ -1,5 +1,6 @@
 """Fully sharded data parallelism: each process keeps a share of every weight, whole ones only while in use."""
 
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -71,7 +72,9 @@ class FSDP(FlatDataParallel):
                 part.register_forward_hook(partial(self._after_forward, unit), always_call=True)
             for weight in unit.whole:
                 if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(partial(self._on_gradient, unit))
+                    # Weakly: Python's garbage collector does not see hooks of this kind.
+                    on_gradient = partial(type(self)._on_gradient, weakref.proxy(self), weakref.proxy(unit))
+                    weight.register_post_accumulate_grad_hook(on_gradient)
         self._in_backward = False
         self._trace: list[Unit] = []  # the units of this forward pass so far
         self._last_trace: list[Unit] = []  # and of the one before, which tells who comes next ...
@@ -93,21 +96,23 @@ class FSDP(FlatDataParallel):
 
     def clip_gradient(self, max_norm: float) -> Tensor:
         shards = [shard for unit in self.units for shard in unit.shards]
-        replicated = gradient_norm(self.trainable)
-        squares = gradient_norm(shards).to(replicated.device).square()
-        dist.all_reduce(squares, group=self.group)
-        norm = (squares + replicated.square()).sqrt()
+        device = next(self.module.parameters()).device  # the norm of no gradients is on the CPU
+        sharded, replicated = (gradient_norm(parameters).to(device).square() for parameters in (shards, self.trainable))
+        dist.all_reduce(sharded, group=self.group)
+        norm = (sharded + replicated).sqrt()
         scale_gradients([*shards, *self.trainable], norm, max_norm)
         return norm
 
     @torch.no_grad()
     def gather_full_params(self) -> dict[str, Tensor]:
         """All parameters, whole and in full precision, on every process, by their names in the wrapped module."""
+        self._free_all()  # after a forward pass without a backward pass, a module may still show whole weights
         whole = {shard: full for unit in self.units for shard, full in zip(unit.shards, unit.full_weights())}
         return {name: whole.get(p, p.detach().clone()) for name, p in self.module.named_parameters()}
 
     def shard_ranges(self) -> dict[str, ShardRange]:
         """Which elements of the sharded parameters this process keeps, by their names in the wrapped module."""
+        self._free_all()
         ranges = {shard: range_ for unit in self.units for shard, range_ in zip(unit.shards, unit.ranges)}
         return {name: ranges[p] for name, p in self.module.named_parameters() if p in ranges}
 
@@ -172,7 +177,7 @@ def _find_units(
 ) -> list[tuple[list[nn.Module], dict[nn.Parameter, list[Slot]]]]:
     """The modules of each unit, and its weights with the places where they are kept."""
     units: list[tuple[list[nn.Module], dict[nn.Parameter, list[Slot]]]] = []
-    for root in _outermost(module, unit_classes):
+    for root in dict.fromkeys(_outermost(module, unit_classes)):  # once, even if it stands in several places
         modules, weights = [root], _weights(root)
         for other in [unit for unit in units if unit[1].keys() & weights.keys()]:  # tied: one unit
             units.remove(other)

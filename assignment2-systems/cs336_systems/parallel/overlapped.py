@@ -1,5 +1,8 @@
 """Overlapped: an all-reduce starts as soon as its gradients are there, while the backward pass goes on."""
 
+import weakref
+from functools import partial
+
 from torch import nn
 
 from cs336_systems.parallel.base import DataParallel
@@ -19,8 +22,8 @@ class OverlappedDataParallel(DataParallel):
         super().__init__(module, group)
         self._buckets = self._fill_buckets()
         self._bucket_of = {p: number for number, bucket in enumerate(self._buckets) for p in bucket.parameters}
-        for parameter in self.trainable:
-            parameter.register_post_accumulate_grad_hook(self._on_gradient)
+        for parameter in self.trainable:  # weakly: Python's garbage collector does not see hooks of this kind
+            parameter.register_post_accumulate_grad_hook(partial(type(self)._on_gradient, weakref.proxy(self)))
         self._reset()
 
     def _fill_buckets(self) -> list[Bucket]:
@@ -32,11 +35,9 @@ class OverlappedDataParallel(DataParallel):
         self._under_way: list[Pending] = []
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
-        if not self._synchronizing:
-            return
         number = self._bucket_of[parameter]
-        self._absent[number] -= 1
-        if self._absent[number] < 0:
+        self._absent[number] -= self._synchronizing
+        if self._absent[number] < 0 or (self._under_way and not self._synchronizing):
             raise RuntimeError(
                 "a second backward pass has begun before finish_gradient_synchronization(); call that between them, "
                 "or run all backward passes but the last under no_sync()"

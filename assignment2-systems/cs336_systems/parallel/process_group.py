@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -149,16 +150,32 @@ def _group(process: Process, backend: Backend, where: str, timeout_s: float) -> 
         raise ConnectionError(_why(error, process, timeout_s)) from error
     try:
         yield
+    except (dist.DistError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or not _is_lost_connection(error):
+            raise
+        raise ConnectionError(
+            f"process {process.rank} has lost the others ({_first_line(error)}); one of them has failed or is "
+            f"slower than {timeout_s:g} s. The same command goes on from the last checkpoint"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        # After a failure the others may be gone, and NCCL would wait for them.
+        if backend != "nccl" or sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Timed out" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _why(error: Exception, process: Process, timeout_s: float) -> str:
-    first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
     address = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '')}"
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return f"port {address} is in use: start torchrun with another --master-port, or with --standalone"
     return (
         f"process {process.rank} of {process.world_size} could not join the others at {address} within {timeout_s:g} s "
-        f"({first_line}); are all of them started, and do they reach that address?"
+        f"({_first_line(error)}); are all of them started, and do they reach that address?"
     )
