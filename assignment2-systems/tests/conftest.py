@@ -61,3 +61,13 @@ def poison_new_tensors(monkeypatch):
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
     return poison
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Processes that wait for work: `workers.run(function, world_size, *args)`."""
+    from tests.workers import Workers
+
+    workers = Workers()
+    yield workers
+    workers.stop()

@@ -12,6 +12,8 @@ from cs336_systems import cli
 from cs336_systems.mixed_precision import MixedPrecision
 
 COMMANDS = [
+    "train",
+    "consolidate",
     "bench-step",
     "profile",
     "memory",
@@ -20,6 +22,12 @@ COMMANDS = [
     "bench-attention",
     "bench-flash",
     "leaderboard-2025",
+    "leaderboard-2026",
+    "bench-allreduce",
+    "bench-ddp",
+    "bench-sharding",
+    "bench-fsdp",
+    "accounting",
 ]
 
 

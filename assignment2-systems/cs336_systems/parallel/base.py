@@ -63,8 +63,8 @@ class DataParallel(nn.Module):
             return
         missing = [number for number, parameter in enumerate(self.trainable) if parameter.grad is None]
         present = torch.ones(len(self.trainable), device=self.trainable[0].device)
-        present[missing] = 0
         for number in missing:
+            present[number] = 0
             self.trainable[number].grad = torch.zeros_like(self.trainable[number])
         self._synchronize()
         # Does any process have a gradient? One that has it need not look, and so does not wait for the GPU.

@@ -66,15 +66,16 @@ class FSDP(FlatDataParallel):
         ]
         shards = {shard for unit in self.units for shard in unit.shards}
         self.trainable = [p for p in module.parameters() if p.requires_grad and p not in shards]
+        this: Any = weakref.proxy(self)  # what a gradient's hook holds is never freed: Python cannot see the cycle
         for unit in self.units:
             for part in unit.modules:
                 part.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True)
                 part.register_forward_hook(partial(self._after_forward, unit), always_call=True)
             for weight in unit.whole:
                 if weight.requires_grad:
-                    # Weakly: Python's garbage collector does not see hooks of this kind.
-                    on_gradient = partial(type(self)._on_gradient, weakref.proxy(self), weakref.proxy(unit))
-                    weight.register_post_accumulate_grad_hook(on_gradient)
+                    weight.register_post_accumulate_grad_hook(
+                        partial(type(self)._on_gradient, this, weakref.proxy(unit))
+                    )
         self._in_backward = False
         self._trace: list[Unit] = []  # the units of this forward pass so far
         self._last_trace: list[Unit] = []  # and of the one before, which tells who comes next ...
@@ -106,13 +107,11 @@ class FSDP(FlatDataParallel):
     @torch.no_grad()
     def gather_full_params(self) -> dict[str, Tensor]:
         """All parameters, whole and in full precision, on every process, by their names in the wrapped module."""
-        self._free_all()  # after a forward pass without a backward pass, a module may still show whole weights
         whole = {shard: full for unit in self.units for shard, full in zip(unit.shards, unit.full_weights())}
         return {name: whole.get(p, p.detach().clone()) for name, p in self.module.named_parameters()}
 
     def shard_ranges(self) -> dict[str, ShardRange]:
         """Which elements of the sharded parameters this process keeps, by their names in the wrapped module."""
-        self._free_all()
         ranges = {shard: range_ for unit in self.units for shard, range_ in zip(unit.shards, unit.ranges)}
         return {name: ranges[p] for name, p in self.module.named_parameters() if p in ranges}
 
@@ -120,6 +119,7 @@ class FSDP(FlatDataParallel):
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         unit.wait_gathered()
+        unit.show_whole()
         if not self._in_backward:  # where a forward pass is one that checkpointing repeats
             self._trace.append(unit)
             self._as_before &= self._last_trace[len(self._trace) - 1 : len(self._trace)] == [unit]
@@ -130,6 +130,7 @@ class FSDP(FlatDataParallel):
         return tree_map(self._cast, (args, kwargs))
 
     def _after_forward(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        unit.show_shards()
         if self._in_backward:
             return
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]

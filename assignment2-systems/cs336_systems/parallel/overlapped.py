@@ -2,6 +2,7 @@
 
 import weakref
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -22,8 +23,9 @@ class OverlappedDataParallel(DataParallel):
         super().__init__(module, group)
         self._buckets = self._fill_buckets()
         self._bucket_of = {p: number for number, bucket in enumerate(self._buckets) for p in bucket.parameters}
-        for parameter in self.trainable:  # weakly: Python's garbage collector does not see hooks of this kind
-            parameter.register_post_accumulate_grad_hook(partial(type(self)._on_gradient, weakref.proxy(self)))
+        this: Any = weakref.proxy(self)  # what such a hook holds is never freed: Python cannot see the cycle
+        for parameter in self.trainable:
+            parameter.register_post_accumulate_grad_hook(partial(type(self)._on_gradient, this))
         self._reset()
 
     def _fill_buckets(self) -> list[Bucket]:
@@ -31,18 +33,19 @@ class OverlappedDataParallel(DataParallel):
         return [Bucket([parameter]) for parameter in reversed(self.trainable)]
 
     def _reset(self) -> None:
-        self._absent = [len(bucket.parameters) for bucket in self._buckets]  # gradients still to come
+        self._absent = [set(bucket.parameters) for bucket in self._buckets]  # whose gradients are still to come
         self._under_way: list[Pending] = []
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
-        number = self._bucket_of[parameter]
-        self._absent[number] -= self._synchronizing
-        if self._absent[number] < 0 or (self._under_way and not self._synchronizing):
+        absent = self._absent[self._bucket_of[parameter]]
+        if parameter not in absent or (self._under_way and not self._synchronizing):
             raise RuntimeError(
                 "a second backward pass has begun before finish_gradient_synchronization(); call that between them, "
                 "or run all backward passes but the last under no_sync()"
             )
-        while len(self._under_way) < len(self._buckets) and self._absent[len(self._under_way)] == 0:
+        if self._synchronizing:
+            absent.remove(parameter)
+        while len(self._under_way) < len(self._buckets) and not self._absent[len(self._under_way)]:
             self._launch_next()
 
     def _launch_next(self) -> None:

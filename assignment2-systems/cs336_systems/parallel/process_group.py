@@ -5,8 +5,9 @@ import pickle
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -93,7 +94,7 @@ def run_processes(
 
     Raises:
         TimeoutError: they were not done in time.
-        torch.multiprocessing.ProcessRaisedException: one of them failed; the message holds its traceback.
+        torch.multiprocessing.ProcessRaisedException: one of them failed; the message holds the first one's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
@@ -106,6 +107,10 @@ def run_processes(
             while not context.join(timeout=min(1.0, timeout_s)):
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"{world_size} processes of {function.__name__} took more than {timeout_s:g} s")
+        except mp.ProcessRaisedException as error:
+            failure = Path(folder) / "failure"
+            message = failure.read_text() if failure.exists() else error.msg
+            raise mp.ProcessRaisedException(message, error.error_index, error.error_pid) from None
         finally:
             for process in context.processes:
                 if process.is_alive():
@@ -125,8 +130,14 @@ def _run_process(
 ) -> None:
     process = Process(rank, world_size, device_of_process(device, rank))
     with _group(process, backend, f"file://{folder}/rendezvous", timeout_s):
-        result = function(process, *args)
-        dist.barrier()
+        try:
+            result = function(process, *args)
+            dist.barrier()
+        except Exception:
+            # The others are about to fail as well, since they lose this process. Which of them ends first is chance.
+            with suppress(FileExistsError), (Path(folder) / "failure").open("x") as file:
+                file.write(f"process {rank} of {world_size}: {traceback.format_exc()}")
+            raise
     (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(result))
 
 
@@ -141,8 +152,12 @@ def _group(process: Process, backend: Backend, where: str, timeout_s: float) -> 
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
     try:
+        timeout = timedelta(seconds=timeout_s)
+        store, *_ = next(dist.rendezvous(where, process.rank, process.world_size, timeout=timeout))
+        # torchrun keeps its store over restarts, in which addresses of processes that are gone may still be found.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(
-            backend, where, timedelta(seconds=timeout_s), process.world_size, process.rank,
+            backend, timeout=timeout, store=store, rank=process.rank, world_size=process.world_size,
             device_id=process.device if backend == "nccl" else None,
         )  # fmt: skip
         dist.barrier()

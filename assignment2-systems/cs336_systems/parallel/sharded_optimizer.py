@@ -64,7 +64,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return {**group, "params": [p for p in group["params"] if self._owner[p] == self.rank]}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, **kwargs: Any) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """Update this process's share, then exchange. `closure` runs once; `kwargs` go to the optimizer's own step."""
         loss = None
         if closure is not None:

@@ -37,8 +37,8 @@ class Unit:
     One all-gather thus brings all weights, in place, and one reduce-scatter takes all their gradients. A share may hold
     any part of a weight, or nothing of it.
 
-    The modules see shards, except between `wait_gathered` and `free`. The whole weights are parameters too, the ones
-    that autograd knows; their storage is empty while they are not gathered (as in Zhao et al. 2023, section 4.2).
+    The modules have the shards, and the whole weights only while they run. Those are parameters too, the ones that
+    autograd knows; their storage is empty while they are not gathered (as in Zhao et al. 2023, section 4.2).
 
     Args:
         modules: what runs with these weights.
@@ -71,8 +71,8 @@ class Unit:
         self.needed_in_backward = not all(isinstance(slot.module, Embedding) for slots in self._slots for slot in slots)
 
         first = next(iter(weights))
-        if other := next((weight for weight in weights if weight.dtype != first.dtype), None):
-            raise ValueError(f"a unit has weights of {first.dtype} and {other.dtype}; make them one dtype")
+        if other := next((weight.dtype for weight in weights if weight.dtype != first.dtype), None):
+            raise ValueError(f"a unit has weights of {first.dtype} and {other}; make them one dtype")
         world_size, rank = dist.get_world_size(group), dist.get_rank(group)
         starts, self._size = [], 0
         for weight in weights:
@@ -104,7 +104,7 @@ class Unit:
         self._starts = starts
         self._trainable = [number for number, weight in enumerate(self.whole) if weight.requires_grad]
         self._absent = len(self._trainable)  # gradients still to come in this backward pass
-        self._show(self.shards)
+        self.show_shards()
         self._flat.untyped_storage().resize_(0)
 
     def gather(self) -> None:
@@ -115,22 +115,29 @@ class Unit:
         self._gathering = all_gather(self._flat, self._master.detach().to(self._flat.dtype), self._group)
 
     def wait_gathered(self) -> None:
-        """Gather the weights and give them to the modules."""
+        """Gather the weights."""
         self.gather()
         if self._gathering:
             self._gathering.wait()
             self._gathering, self._is_gathered = None, True
-            self._show(self.whole)
+
+    def show_whole(self) -> None:
+        """Give the modules the whole weights."""
+        self._show(self.whole)
+
+    def show_shards(self) -> None:
+        """Give the modules the shards."""
+        self._show(self.shards)
 
     def free(self) -> None:
-        """Free the whole weights, and give the modules the shards."""
+        """Free the whole weights."""
         if self._gathering:  # ahead, and then nobody used them
             self._gathering.wait()
             self._gathering = None
         elif not self._is_gathered:
             return
         self._is_gathered = False
-        self._show(self.shards)
+        self.show_shards()  # also after a forward pass that was interrupted
         self._flat.untyped_storage().resize_(0)
 
     def gradient_arrived(self) -> bool:
