@@ -161,7 +161,8 @@ class TorchFSDP2(_Sharded):
         for block in model.modules():
             if isinstance(block, TransformerBlock):
                 fully_shard(block, mesh=mesh, mp_policy=policy)
-        return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        return model
 
     def build_optimizer(
         self, model: nn.Module, optimizer_class: type[torch.optim.Optimizer], **options: Any
@@ -169,7 +170,7 @@ class TorchFSDP2(_Sharded):
         return optimizer_class(model.parameters(), **options)
 
     @contextmanager
-    def accumulate(self, model: nn.Module, *, last: bool) -> Iterator[None]:  # type: ignore[override]
+    def accumulate(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         assert isinstance(model, FSDPModule)
         model.set_requires_gradient_sync(last)
         yield
@@ -214,7 +215,7 @@ def compile_by_block(model: nn.Module) -> None:
     if isinstance(model, BasicsTransformerLM) and model._compiled_call_impl is not None:
         model._compiled_call_impl = None
         for block in model.layers.children():
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward)
 
 
 def _choose(optimizer_class: type[torch.optim.Optimizer], options: StrategyOptions) -> type[torch.optim.Optimizer]:

@@ -21,7 +21,7 @@ from cs336_basics.training import config_to_json, latest_checkpoint, read_model_
 from cs336_systems.attention import AttentionName, causal_attention
 from cs336_systems.measure import gpu_or_cpu
 from cs336_systems.parallel.collectives import check_same_everywhere
-from cs336_systems.parallel.process_group import Backend, Process, joined, under_torchrun
+from cs336_systems.parallel.process_group import Backend, joined, under_torchrun
 from cs336_systems.parallel.sharded_checkpoint import Checkpoint
 from cs336_systems.strategies import PARALLEL, Single, StrategyName, StrategyOptions
 
@@ -51,7 +51,7 @@ class Train:
             self._train(Single(self.config.device, self._options()))
             return
         name = "ddp-bucketed" if self.strategy == "auto" else self.strategy
-        with joined(self.backend, self.config.device, self.timeout_s) as process, told_when_terminated(process):
+        with told_when_terminated(), joined(self.backend, self.config.device, self.timeout_s) as process:
             settings = [
                 f"strategy {name}",
                 f"attention {self.attention}",
@@ -99,11 +99,12 @@ class Consolidate:
 
 
 @contextmanager
-def told_when_terminated(process: Process) -> Iterator[None]:
+def told_when_terminated() -> Iterator[None]:
     """If torchrun ends this process because another one has failed, say so.
 
     The main thread may be waiting for a GPU then, and run no signal handler of Python's; but the interpreter writes the
-    number of the signal into a pipe at once, and a thread that reads there can speak.
+    number of the signal into a pipe at once, and a thread that reads there can speak. After an error it stays, until
+    the error has been reported.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -114,7 +115,7 @@ def told_when_terminated(process: Process) -> Iterator[None]:
     def listen() -> None:
         while (byte := os.read(reader, 1)) != b"\0":
             if byte[0] == signal.SIGTERM:
-                if process.rank == 0:
+                if os.environ.get("RANK", "0") == "0":
                     print(
                         "cs336-systems: told to stop, because another process has failed (its message says why) or the "
                         "job was cancelled; the same command goes on from the last checkpoint",
@@ -126,12 +127,10 @@ def told_when_terminated(process: Process) -> Iterator[None]:
     descriptor = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(descriptor)
-        signal.signal(signal.SIGTERM, handler)
-        os.write(writer, b"\0")
-        thread.join()
-        os.close(reader)
-        os.close(writer)
+    yield
+    signal.set_wakeup_fd(descriptor)
+    signal.signal(signal.SIGTERM, handler)
+    os.write(writer, b"\0")
+    thread.join()
+    os.close(reader)
+    os.close(writer)

@@ -608,3 +608,75 @@ def check_several_dtypes(process):
 
 def test_a_unit_has_one_dtype(workers):
     workers.run(check_several_dtypes, 2)
+
+
+class Pick(nn.Module):
+    """Two weights of one unit, of which a process uses only those it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = Linear(6, 5), Linear(6, 5), Linear(6, 5)
+
+    def forward(self, x, names):
+        return sum(getattr(self, name)(x) for name in names)
+
+
+class TwoPicks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Pick(), Pick()
+
+    def forward(self, x, first, second):
+        return self.first(x, first) * self.second(x, second)
+
+
+def check_different_weights(process):
+    torch.manual_seed(0)
+    alone = TwoPicks().double()
+    model = FSDP(copy.deepcopy(alone), unit_classes=(Pick,))
+    x = torch.randn(4, 6, dtype=torch.float64)
+    used = [("a", "ab"), ("ab", "b"), ("b", "a")]  # "c" by nobody; complete units on no process, or on some
+    for _ in range(2):
+        model(x, *used[process.rank]).square().mean().backward()
+        model.finish_gradient_synchronization()
+        sum(alone(x, *names).square().mean() / 3 for names in used[: process.world_size]).backward()
+    model.finish_gradient_synchronization()  # once more does no harm
+    ranges = model.shard_ranges()
+    for (name, ours), theirs in zip(model.module.named_parameters(), alone.parameters(), strict=True):
+        if theirs.grad is None:
+            assert ours.grad is None, name
+        else:
+            expected = theirs.grad.flatten()[ranges[name].start : ranges[name].stop]
+            torch.testing.assert_close(ours.grad, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_processes_that_use_different_weights_of_a_unit(workers):
+    workers.run(check_different_weights, 3)
+
+
+class CheckpointInside(nn.Module):
+    """A unit of which a part is computed again in the backward pass, without the unit's own hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Linear(6, 6), Linear(6, 6)
+
+    def forward(self, x):
+        return self.b(torch.utils.checkpoint.checkpoint(lambda y: torch.relu(self.a(y)), x, use_reentrant=False))
+
+
+def check_checkpoint_inside(process):
+    torch.manual_seed(0)
+    alone = nn.Sequential(CheckpointInside(), CheckpointInside())
+    model = FSDP(copy.deepcopy(alone), unit_classes=(CheckpointInside,))
+    x = torch.randn(4, 6)
+    for each in (alone, model):
+        each(x).square().mean().backward()
+    model.finish_gradient_synchronization()
+    ranges = model.shard_ranges()
+    for (name, ours), theirs in zip(model.module.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad.flatten()[ranges[name].start : ranges[name].stop])
+
+
+def test_a_checkpoint_inside_of_a_unit(workers):
+    workers.run(check_checkpoint_inside, 2)

@@ -59,19 +59,25 @@ class DataParallel(nn.Module):
 
     def finish_gradient_synchronization(self) -> None:
         """Call after the backward pass: from here on every gradient is the mean over the processes."""
-        if not self.trainable:
+        missing = [parameter for parameter in self.trainable if parameter.grad is None]
+        for parameter in missing:
+            parameter.grad = torch.zeros_like(parameter)
+        if self.trainable:
+            self._synchronize()
+        self._drop_absent(self.trainable, missing)
+
+    def _drop_absent(self, parameters: list[nn.Parameter], missing: list[nn.Parameter]) -> None:
+        """Of parameters that got no gradient here, `missing`, give back `None` to those that got none anywhere."""
+        if not parameters:
             return
-        missing = [number for number, parameter in enumerate(self.trainable) if parameter.grad is None]
-        present = torch.ones(len(self.trainable), device=self.trainable[0].device)
-        for number in missing:
-            present[number] = 0
-            self.trainable[number].grad = torch.zeros_like(self.trainable[number])
-        self._synchronize()
-        # Does any process have a gradient? One that has it need not look, and so does not wait for the GPU.
+        number = {parameter: number for number, parameter in enumerate(parameters)}
+        present = torch.ones(len(parameters), device=parameters[0].device)
+        for parameter in missing:
+            present[number[parameter]] = 0
         AllReduceMean(present, self.group).wait()
-        for number in missing:
-            if present[number] == 0:
-                self.trainable[number].grad = None
+        for parameter in missing:  # who misses nothing does not look, and so does not wait for the GPU
+            if present[number[parameter]] == 0:
+                parameter.grad = None
 
     def clip_gradient(self, max_norm: float) -> Tensor:
         """Scale all gradients, in place, so that their joint L2 norm is at most `max_norm`; returns what it was."""
@@ -81,7 +87,7 @@ class DataParallel(nn.Module):
         """What to multiply this process's mean loss by if it has `rows` rows and others may have more or fewer.
 
         The average of the weighted losses is then the mean over all rows. A process without rows multiplies a loss of
-        zero, or runs no backward pass at all.
+        zero; except with sharded weights, it may also run no pass at all.
         """
         device = next(self.module.parameters()).device
         mean = torch.tensor(float(rows), device=device)

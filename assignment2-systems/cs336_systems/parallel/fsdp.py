@@ -57,41 +57,42 @@ class FSDP(FlatDataParallel):
     ) -> None:
         super().__init__(module, group)
         self.compute_dtype = compute_dtype
+        found = _find_units(module, unit_classes)
         # With NCCL a group has a stream of its own: gradients need not queue behind weights.
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         gradient_group = dist.new_group(ranks, use_local_synchronization=group is not None)
-        self.units = [
-            Unit(modules, weights, compute_dtype, group, gradient_group)
-            for modules, weights in _find_units(module, unit_classes)
-        ]
+        self.units = [Unit(modules, weights, compute_dtype, group, gradient_group) for modules, weights in found]
         shards = {shard for unit in self.units for shard in unit.shards}
         self.trainable = [p for p in module.parameters() if p.requires_grad and p not in shards]
         this: Any = weakref.proxy(self)  # what a gradient's hook holds is never freed: Python cannot see the cycle
-        for unit in self.units:
+        for number, unit in enumerate(self.units):
             for part in unit.modules:
                 part.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True)
                 part.register_forward_hook(partial(self._after_forward, unit), always_call=True)
             for weight in unit.whole:
                 if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(
-                        partial(type(self)._on_gradient, this, weakref.proxy(unit))
-                    )
+                    weight.register_post_accumulate_grad_hook(partial(type(self)._on_gradient, this, number))
         self._in_backward = False
         self._trace: list[Unit] = []  # the units of this forward pass so far
         self._last_trace: list[Unit] = []  # and of the one before, which tells who comes next ...
         self._as_before = True  # ... as long as the two agree
+        self._to_reduce: list[Unit] | None = None  # units whose gradients are still to leave, in this order
+        self._complete: set[Unit] = set()  # of these, those whose gradients are all there
         self._reducing: list[Unit] = []  # units whose gradients are under way
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._reduce_rest()
         self._free_all()
         self._last_trace, self._trace, self._as_before = self._trace, [], True
         return self.module(*args, **kwargs)
 
     def finish_gradient_synchronization(self) -> None:
-        for unit in self.units:  # some of their weights got no gradient, or the last backward pass was under no_sync
-            if unit.has_gradients:
-                self._reduce(unit)
+        if self._to_reduce is None:  # the last backward pass was under no_sync
+            self._plan()
+        self._reduce_rest()
         self._finish_reducing(still_under_way=0)
+        shards = [shard for unit in self.units for shard in unit.trainable]
+        self._drop_absent(shards, [shard for unit in self.units for shard in unit.take_filled()])
         super().finish_gradient_synchronization()
         self._free_all()
 
@@ -130,9 +131,9 @@ class FSDP(FlatDataParallel):
         return tree_map(self._cast, (args, kwargs))
 
     def _after_forward(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        unit.show_shards()
         if self._in_backward:
             return
+        unit.show_shards()
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         if outputs:
             before = self._trace[-2] if len(self._trace) > 1 else None
@@ -145,14 +146,33 @@ class FSDP(FlatDataParallel):
         self._in_backward = True
         if unit.needed_in_backward:
             unit.wait_gathered()
+            unit.show_whole()  # for what a checkpoint inside of the unit computes again
         if before is not None and before.needed_in_backward:
             before.gather()
 
-    def _on_gradient(self, unit: Unit, _: nn.Parameter) -> None:
-        if unit.gradient_arrived():
-            unit.backward_done()
-            if self._synchronizing:
-                self._reduce(unit)
+    def _on_gradient(self, number: int, _: nn.Parameter) -> None:
+        unit = self.units[number]
+        if not unit.gradient_arrived():
+            return
+        unit.backward_done()
+        if not self._synchronizing:
+            return
+        if not self._to_reduce:
+            self._plan()
+        self._complete.add(unit)
+        while self._to_reduce and self._to_reduce[0] in self._complete:
+            self._reduce(self._to_reduce.pop(0))
+
+    def _plan(self) -> None:
+        """Let gradients leave in the reverse order of the forward pass, in all processes, whatever is missing where."""
+        self._to_reduce = [unit for unit in reversed(dict.fromkeys(self._trace)) if unit.trainable]
+        self._complete.clear()
+
+    def _reduce_rest(self) -> None:
+        """Send what waits for gradients that do not come."""
+        for unit in self._to_reduce or []:
+            self._reduce(unit)
+        self._to_reduce = []
 
     def _reduce(self, unit: Unit) -> None:
         # The gradients of two units are under way at most: more would hold memory without being faster.
@@ -167,7 +187,7 @@ class FSDP(FlatDataParallel):
     def _free_all(self) -> None:
         for unit in self.units:
             unit.reset()
-        self._in_backward = False
+        self._in_backward, self._to_reduce = False, None
 
     def _cast(self, x: Any) -> Any:
         return x.to(self.compute_dtype) if isinstance(x, Tensor) and x.is_floating_point() else x

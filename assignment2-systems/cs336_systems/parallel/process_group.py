@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import sys
 import tempfile
 import time
@@ -183,7 +184,9 @@ def _is_lost_connection(error: Exception) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error says first, without the place in the source that gloo's begin with and the advice that follows."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"\[/\S*\.cc:\d+\] ", "", line).split(". ")[0]
 
 
 def _why(error: Exception, process: Process, timeout_s: float) -> str:

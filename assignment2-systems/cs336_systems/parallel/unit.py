@@ -66,7 +66,6 @@ class Unit:
         self._gathering: Pending | None = None
         self._is_gathered = False
         self._reducing: ReduceScatterMean | None = None
-        self._shards_to_update: list[int] = []
         #: Looking rows up needs no weights in the backward pass.
         self.needed_in_backward = not all(isinstance(slot.module, Embedding) for slots in self._slots for slot in slots)
 
@@ -103,6 +102,8 @@ class Unit:
         ]
         self._starts = starts
         self._trainable = [number for number, weight in enumerate(self.whole) if weight.requires_grad]
+        self._missing: set[int] = set()  # of these, which had no gradient when gradients were last sent
+        self._filled: set[int] = set()  # ... and so far never, so that their shards' gradients are mere zeros
         self._absent = len(self._trainable)  # gradients still to come in this backward pass
         self.show_shards()
         self._flat.untyped_storage().resize_(0)
@@ -155,22 +156,21 @@ class Unit:
         self._absent = len(self._trainable)
         self.free()
 
-    @property
-    def has_gradients(self) -> bool:
-        """Whether whole weights have gradients that were not yet sent."""
-        return any(weight.grad is not None for weight in self.whole)
-
     def reduce_gradients(self) -> None:
-        """Begin to average the gradients of the whole weights, and drop them."""
+        """Begin to average the gradients of the whole weights, and drop them; one that is missing counts as zeros."""
+        self._missing.clear()
         parts, end = [], 0
-        for start, weight in zip(self._starts, self.whole):
+        for number, (start, weight) in enumerate(zip(self._starts, self.whole)):
             parts += [self._flat.new_zeros(start - end)] if start > end else []
-            parts.append(weight.grad if weight.grad is not None else self._flat.new_zeros(weight.shape))
+            if weight.grad is None:
+                parts.append(self._flat.new_zeros(weight.shape))
+                self._missing.add(number)
+            else:
+                parts.append(weight.grad)
+                self._filled.discard(number)
+                weight.grad = None
             end = start + weight.numel()
         parts += [self._flat.new_zeros(self._size - end)] if self._size > end else []
-        self._shards_to_update = [number for number in self._trainable if self.whole[number].grad is not None]
-        for weight in self.whole:
-            weight.grad = None
         gradients = parts[0].reshape(-1) if len(parts) == 1 else flatten(parts)
         self._reducing = ReduceScatterMean(gradients, self._gradient_group)
 
@@ -179,11 +179,24 @@ class Unit:
         assert self._reducing is not None
         mean = self._reducing.wait(self._master.dtype)
         self._reducing = None
-        for number in self._shards_to_update:
+        for number in self._trainable:
             shard = self.shards[number]
+            if shard.grad is None and number in self._missing:
+                self._filled.add(number)
             low = shard.storage_offset()
             part = mean[low : low + shard.numel()]
             shard.grad = part if shard.grad is None else shard.grad + part
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """The shards of the weights that are trained."""
+        return [self.shards[number] for number in self._trainable]
+
+    def take_filled(self) -> list[nn.Parameter]:
+        """The trained shards whose weights never had a gradient in this process since the last call."""
+        filled = [self.shards[number] for number in sorted(self._filled)]
+        self._filled.clear()
+        return filled
 
     def full_weights(self) -> list[Tensor]:
         """The whole weights in the precision of the master weights, on every process."""
