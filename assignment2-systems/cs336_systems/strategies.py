@@ -38,8 +38,8 @@ StrategyName = Literal["single", "ddp", "ddp-bucketed", "ddp+sharded-optimizer",
 class StrategyOptions:
     """What strategies can be told."""
 
-    bucket_size_mb: float = 25.0
-    """ddp-bucketed and ddp+sharded-optimizer: MB (2^20 bytes) of gradients in a message."""
+    bucket_size_mb: float | None = None
+    """ddp-bucketed and ddp+sharded-optimizer: MB (2^20 bytes) of gradients in a message. None: by the model's size."""
     fused_optimizer: bool = False
     """AdamW in one kernel in place of Assignment 1's, with the same state; not for torch-fsdp2."""
     compute_dtype: torch.dtype | None = None
@@ -117,7 +117,7 @@ class BucketedDDP(DDP):
     """The same with gradients in buckets."""
 
     def _wrap(self, module: nn.Module) -> DataParallel:
-        return BucketedDataParallel(module, self.options.bucket_size_mb)
+        return BucketedDataParallel(module, self.options.bucket_size_mb or "auto")
 
 
 class _Sharded(DDP):

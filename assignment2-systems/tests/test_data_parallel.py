@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from cs336_systems.parallel import (
     FlatDataParallel,
     NaiveDataParallel,
     OverlappedDataParallel,
+    bucketed,
 )
 from cs336_systems.parallel.process_group import Process
 from tests.toy_models import (
@@ -422,3 +424,14 @@ def test_messages_start_during_the_backward_pass(workers, wrap):
             assert total == 2  # of one bucket, and which parameters have gradients
         else:
             assert 2 <= during < total
+
+
+def check_size_by_itself(process, layers, expected):
+    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(layers)))  # 0.25 MB each
+    with mock.patch.multiple(bucketed, LEAST_MB=0.5, MOST_MESSAGES=8):
+        assert len(BucketedDataParallel(model)._buckets) == expected
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(1, 1), (6, 3), (16, 8), (32, 8), (64, 8)])
+def test_buckets_without_a_size_grow_with_the_model(layers, expected, workers):
+    workers.run(check_size_by_itself, 1, layers, expected)
