@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import nn
 
-from cs336_systems.parallel.collectives import Group, Pending
+from cs336_systems.parallel.collectives import Group
 from cs336_systems.parallel.flat import Bucket
 from cs336_systems.parallel.overlapped import OverlappedDataParallel
 
@@ -45,6 +45,3 @@ class BucketedDataParallel(OverlappedDataParallel):
             buckets[-1].append(parameter)
             size += parameter.nbytes
         return [Bucket(parameters) for parameters in buckets]
-
-    def _all_reduce(self, bucket: Bucket) -> Pending:
-        return bucket.all_reduce(self.group)

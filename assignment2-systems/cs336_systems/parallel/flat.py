@@ -24,7 +24,12 @@ class Bucket:
         self.parameters = parameters
 
     def all_reduce(self, group: Group) -> AllReduceMean:
-        """Lay the gradients end to end, and begin. The parameters' gradients are parts of the message from now on."""
+        """Lay the gradients end to end, and begin. The parameters' gradients are parts of the message from now on.
+
+        A single gradient is the message itself, without a copy.
+        """
+        if len(self.parameters) == 1:
+            return AllReduceMean(gradient(self.parameters[0]), group)
         message = flatten([gradient(parameter) for parameter in self.parameters])
         parts = message.split([parameter.numel() for parameter in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
