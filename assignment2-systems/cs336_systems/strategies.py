@@ -185,11 +185,10 @@ class TorchFSDP2(_Sharded):
         assert isinstance(model, FSDPModule)
         model.reshard()  # after an evaluation the root's own weights are still whole
         ranges = {}
-        for name, parameter in model.named_parameters():
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             assert isinstance(parameter, DTensor)
-            rows = parameter.shape[
-                0
-            ]  # of which process r has the r-th of world_size equal chunks, the last ones shorter
+            # Process r has the r-th of world_size chunks of as many rows; the last ones are shorter.
+            rows = parameter.shape[0]
             first = min(self.rank * -(-rows // self.world_size), rows)
             start = first * (parameter.numel() // max(rows, 1))
             ranges[name] = ShardRange(parameter.shape, start, start + parameter.to_local().numel())

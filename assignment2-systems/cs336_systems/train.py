@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -52,13 +52,9 @@ class Train:
             return
         name = "ddp-bucketed" if self.strategy == "auto" else self.strategy
         with told_when_terminated(), joined(self.backend, self.config.device, self.timeout_s) as process:
-            settings = [
-                f"strategy {name}",
-                f"attention {self.attention}",
-                f"checkpoint {latest_checkpoint(self.config.run)}",
-            ]
-            settings += [f"{key} {value}" for key, value in config_to_json(self.config).items()]
-            check_same_everywhere(settings, "settings")
+            settings = {"strategy": name, "attention": self.attention} | asdict(self._options())
+            settings |= config_to_json(self.config) | {"checkpoint": latest_checkpoint(self.config.run)}
+            check_same_everywhere([f"{key} {value}" for key, value in settings.items()], "settings")
             self._train(PARALLEL[name](process, self._options()))
 
     def _train(self, strategy: Strategy) -> None:
@@ -129,7 +125,7 @@ def told_when_terminated() -> Iterator[None]:
     thread.start()
     yield
     signal.set_wakeup_fd(descriptor)
-    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, handler if handler is not None else signal.SIG_DFL)
     os.write(writer, b"\0")
     thread.join()
     os.close(reader)

@@ -30,10 +30,10 @@ def ddp_individual_parameters_on_after_backward(
 
 
 def get_ddp(module: nn.Module) -> nn.Module:
-    return BucketedDataParallel(module)
+    return OverlappedDataParallel(module)
 
 
-def ddp_on_after_backward(ddp_model: BucketedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+def ddp_on_after_backward(ddp_model: OverlappedDataParallel, optimizer: torch.optim.Optimizer) -> None:
     ddp_model.finish_gradient_synchronization()
 
 

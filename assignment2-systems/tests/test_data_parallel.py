@@ -1,6 +1,7 @@
 """Every container trains as one process does on the whole batch; how and when gradients travel."""
 
 import copy
+import gc
 from contextlib import nullcontext
 from functools import partial
 from unittest import mock
@@ -435,3 +436,16 @@ def check_size_by_itself(process, layers, expected):
 @pytest.mark.parametrize(("layers", "expected"), [(1, 1), (6, 3), (16, 8), (32, 8), (64, 8)])
 def test_buckets_without_a_size_grow_with_the_model(layers, expected, workers):
     workers.run(check_size_by_itself, 1, layers, expected)
+
+
+def check_bare_module(process):
+    model = nn.Linear(3, 3)
+    container = BucketedDataParallel(model)
+    del container
+    gc.collect()
+    model(torch.ones(1, 3)).sum().backward()
+    assert model.weight.grad is not None
+
+
+def test_a_module_outlives_its_container(workers):
+    workers.run(check_bare_module, 1)

@@ -142,9 +142,11 @@ def check_shards(process, make_model, unit_classes):
 
     ranges = sharded.shard_ranges()
     names = [f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Linear | Embedding)]
-    assert sorted(ranges) == sorted(set(names) & expected.keys())  # a tied weight has the name of its first place
+    assert sorted(ranges) == sorted(names)  # a tied weight by both its names
     elements = 0
     for name, (shape, start, stop) in ranges.items():
+        if name not in expected:
+            continue
         shard = sharded.module.get_parameter(name)
         assert shape == expected[name].shape
         assert torch.equal(shard, expected[name].reshape(-1)[start:stop])
@@ -680,3 +682,90 @@ def check_checkpoint_inside(process):
 
 def test_a_checkpoint_inside_of_a_unit(workers):
     workers.run(check_checkpoint_inside, 2)
+
+
+class Chain(nn.Module):
+    """Runs the layers it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Linear(6, 6) for _ in range(3))
+
+    def forward(self, x, which):
+        for number in which:
+            x = self.layers[number](x)
+        return x
+
+
+def check_layers_of_other_microbatches(process):
+    torch.manual_seed(0)
+    alone = Chain()
+    model = FSDP(copy.deepcopy(alone))
+    x = torch.randn(4, 6)
+    with model.no_sync():
+        model(x, (0, 1)).square().mean().backward()
+    model(x, (0, 2)).square().mean().backward()
+    model.finish_gradient_synchronization()
+    (alone(x, (0, 1)).square().mean() + alone(x, (0, 2)).square().mean()).backward()
+    assert_gradients_are_shares(model, alone)
+
+
+def assert_gradients_are_shares(model, alone):
+    ranges = model.shard_ranges()
+    for (name, ours), theirs in zip(model.module.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad.flatten()[ranges[name].start : ranges[name].stop])
+
+
+def test_a_microbatch_may_run_other_layers(workers):
+    workers.run(check_layers_of_other_microbatches, 2)
+
+
+def check_abandoned_pass(process):
+    torch.manual_seed(0)
+    alone = Chain()
+    model = FSDP(copy.deepcopy(alone))
+    x = torch.randn(4, 6)
+    model(x, (0, 1, 2)).square().mean().backward()
+    model.zero_grad()
+    with model.no_sync():
+        model(x, (0, 1, 2)).square().mean().backward()
+    model.zero_grad()
+    model(x, (0, 1, 2)).square().mean().backward()
+    model.finish_gradient_synchronization()
+    alone(x, (0, 1, 2)).square().mean().backward()
+    assert_gradients_are_shares(model, alone)
+
+
+def test_zero_grad_abandons_a_backward_pass(workers):
+    workers.run(check_abandoned_pass, 2)
+
+
+def check_two_backward_passes(process):
+    torch.manual_seed(0)
+    alone = Chain()
+    model = FSDP(copy.deepcopy(alone))
+    x = torch.randn(4, 6)
+    for each in (alone, model):
+        first, second = each(x, (0,)).sum(), each(x, (0, 1)).sum()
+        first.backward()
+        (2 * second).backward()
+    model.finish_gradient_synchronization()
+    alone.layers[2].weight.grad = None
+    ranges = model.shard_ranges()
+    for name in ("layers.0.weight", "layers.1.weight"):
+        expected = alone.get_parameter(name).grad.flatten()[ranges[name].start : ranges[name].stop]
+        torch.testing.assert_close(model.module.get_parameter(name).grad, expected)
+
+
+def test_two_backward_passes_add_up(workers):
+    workers.run(check_two_backward_passes, 2)
+
+
+def check_moving(process):
+    model = FSDP(Chain())
+    with pytest.raises(RuntimeError, match="move or cast the module before it is wrapped"):
+        model.double()
+
+
+def test_shards_cannot_be_cast(workers):
+    workers.run(check_moving, 1)

@@ -125,3 +125,27 @@ def test_what_a_killed_job_left_behind_is_in_nobodys_way(workers, tmp_path):
     workers.run(write, 2, tmp_path / "step.pt")
     assert sorted(path.name for path in (tmp_path / "step.pt").iterdir()) == ["process_00000.pt", "process_00001.pt"]
     assert not unfinished.exists()
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Linear(5, 5), Linear(5, 5)
+        self.second.weight = self.first.weight
+
+
+def write_and_read_tied(process, path):
+    torch.manual_seed(0)
+    model = FSDP(Tied())
+    optimizer = AdamW(model.parameters())
+    before = model.gather_full_params()
+    save_sharded(path, model.module, optimizer, model.shard_ranges(), iteration=1)
+    torch.manual_seed(1)
+    other = FSDP(Tied())
+    Checkpoint(path, []).load_model(other.module, other.shard_ranges())
+    for name, parameter in other.gather_full_params().items():
+        assert torch.equal(parameter, before[name])
+
+
+def test_tied_weights(workers, tmp_path):
+    workers.run(write_and_read_tied, 2, tmp_path / "step.pt")

@@ -144,7 +144,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor | None]:
     ranges = model.shard_ranges() if isinstance(model, FSDP) else {}
     gradients = {name: p.grad for name, p in wrapped.named_parameters()}
     for name, (shape, start, stop) in ranges.items():
-        if (share := gradients[name]) is not None:
+        if (share := gradients.get(name)) is not None:  # a tied weight has two ranges and one gradient
             whole = share.new_zeros(shape.numel())
             whole[start:stop] = share
             dist.all_reduce(whole, group=model.group)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cs336_basics.model import Embedding, Linear
 from cs336_basics.nn_utils import gradient_norm, scale_gradients
-from cs336_systems.parallel.collectives import Group
+from cs336_systems.parallel.collectives import Group, check_same_everywhere
 from cs336_systems.parallel.flat import FlatDataParallel
 from cs336_systems.parallel.unit import ShardRange, Slot, Unit
 
@@ -30,9 +30,13 @@ class FSDP(FlatDataParallel):
 
     Outside of a pass the sharded parameters of the module are 1-D shares, and so are their gradients after
     `finish_gradient_synchronization()`: what an optimizer wants. A weight that two units use makes one unit of them.
-    All processes must run the same units in the same order.
+    Every process runs the same units in the same order, and its loss reaches all of them; which weights of a unit get
+    gradients may differ. The first forward pass has no order to follow yet and gathers nothing ahead. A frozen weight,
+    once gathered in a backward pass, stays until the pass is finished. (The base class serves the parameters that
+    every process keeps.)
 
-    Under `no_sync()` whole gradients are kept, in `compute_dtype`. Backward passes without it add up shares, which
+    To abandon a backward pass call `zero_grad()` of this module: an optimizer's does not reach whole gradients. Under
+    `no_sync()` whole gradients are kept, in `compute_dtype`. Backward passes without it add up shares, which
     costs messages but no memory.
 
     Args:
@@ -62,6 +66,8 @@ class FSDP(FlatDataParallel):
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         gradient_group = dist.new_group(ranks, use_local_synchronization=group is not None)
         self.units = [Unit(modules, weights, compute_dtype, group, gradient_group) for modules, weights in found]
+        layout = [f"a unit of {unit.size} elements in {unit.dtype}" for unit in self.units]
+        check_same_everywhere(layout, "units of sharded weights", group)
         shards = {shard for unit in self.units for shard in unit.shards}
         self.trainable = [p for p in module.parameters() if p.requires_grad and p not in shards]
         this: Any = weakref.proxy(self)  # what a gradient's hook holds is never freed: Python cannot see the cycle
@@ -73,12 +79,18 @@ class FSDP(FlatDataParallel):
                 if weight.requires_grad:
                     weight.register_post_accumulate_grad_hook(partial(type(self)._on_gradient, this, number))
         self._in_backward = False
+        self._ran: dict[Unit, None] = {}  # the units of all forward passes since gradients were last finished
         self._trace: list[Unit] = []  # the units of this forward pass so far
         self._last_trace: list[Unit] = []  # and of the one before, which tells who comes next ...
         self._as_before = True  # ... as long as the two agree
         self._to_reduce: list[Unit] | None = None  # units whose gradients are still to leave, in this order
         self._complete: set[Unit] = set()  # of these, those whose gradients are all there
         self._reducing: list[Unit] = []  # units whose gradients are under way
+
+    def _apply(self, *_: Any, **__: Any) -> "FSDP":  # what `to`, `cuda`, `double` and the like call
+        raise RuntimeError(
+            "the shards of an FSDP cannot be moved or cast; move or cast the module before it is wrapped"
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._reduce_rest()
@@ -95,6 +107,14 @@ class FSDP(FlatDataParallel):
         self._drop_absent(shards, [shard for unit in self.units for shard in unit.take_filled()])
         super().finish_gradient_synchronization()
         self._free_all()
+        self._ran.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, those of whole weights and those under way too, which an optimizer does not see."""
+        self._finish_reducing(still_under_way=0)
+        for unit in self.units:
+            unit.drop_gradients()
+        super().zero_grad(set_to_none)
 
     def clip_gradient(self, max_norm: float) -> Tensor:
         shards = [shard for unit in self.units for shard in unit.shards]
@@ -114,7 +134,8 @@ class FSDP(FlatDataParallel):
     def shard_ranges(self) -> dict[str, ShardRange]:
         """Which elements of the sharded parameters this process keeps, by their names in the wrapped module."""
         ranges = {shard: range_ for unit in self.units for shard, range_ in zip(unit.shards, unit.ranges)}
-        return {name: ranges[p] for name, p in self.module.named_parameters() if p in ranges}
+        named = self.module.named_parameters(remove_duplicate=False)  # a tied weight by all its names
+        return {name: ranges[p] for name, p in named if p in ranges}
 
     def _before_forward(
         self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -123,6 +144,7 @@ class FSDP(FlatDataParallel):
         unit.show_whole()
         if not self._in_backward:  # where a forward pass is one that checkpointing repeats
             self._trace.append(unit)
+            self._ran[unit] = None
             self._as_before &= self._last_trace[len(self._trace) - 1 : len(self._trace)] == [unit]
             if self._as_before and len(self._trace) < len(self._last_trace):
                 self._last_trace[len(self._trace)].gather()
@@ -157,7 +179,8 @@ class FSDP(FlatDataParallel):
         unit.backward_done()
         if not self._synchronizing:
             return
-        if not self._to_reduce:
+        if not self._to_reduce or unit not in self._to_reduce:  # the first unit of a backward pass
+            self._reduce_rest()
             self._plan()
         self._complete.add(unit)
         while self._to_reduce and self._to_reduce[0] in self._complete:
@@ -165,7 +188,8 @@ class FSDP(FlatDataParallel):
 
     def _plan(self) -> None:
         """Let gradients leave in the reverse order of the forward pass, in all processes, whatever is missing where."""
-        self._to_reduce = [unit for unit in reversed(dict.fromkeys(self._trace)) if unit.trainable]
+        order = dict.fromkeys([*reversed(dict.fromkeys(self._trace)), *self._ran])
+        self._to_reduce = [unit for unit in order if unit.trainable]
         self._complete.clear()
 
     def _reduce_rest(self) -> None:

@@ -5,9 +5,10 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from cs336_systems.parallel.base import DataParallel
-from cs336_systems.parallel.collectives import Group, Pending
+from cs336_systems.parallel.collectives import Group, Pending, check_same_everywhere
 from cs336_systems.parallel.flat import Bucket
 
 
@@ -22,10 +23,14 @@ class OverlappedDataParallel(DataParallel):
     def __init__(self, module: nn.Module, group: Group = None) -> None:
         super().__init__(module, group)
         self._buckets = self._fill_buckets()
+        check_same_everywhere([f"a bucket of {len(bucket.parameters)}" for bucket in self._buckets], "buckets", group)
         this: Any = weakref.proxy(self)  # what such a hook holds is never freed: Python cannot see the cycle
-        for number, bucket in enumerate(self._buckets):
-            for place, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(type(self)._on_gradient, this, number, place))
+        handles = [
+            parameter.register_post_accumulate_grad_hook(partial(type(self)._on_gradient, this, number, place))
+            for number, bucket in enumerate(self._buckets)
+            for place, parameter in enumerate(bucket.parameters)
+        ]
+        weakref.finalize(self, _remove, handles)  # the module can be trained on without its container
         self._reset()
 
     def _fill_buckets(self) -> list[Bucket]:
@@ -59,3 +64,8 @@ class OverlappedDataParallel(DataParallel):
         for work in self._under_way:
             work.wait()
         self._reset()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -180,7 +180,8 @@ def _group(process: Process, backend: Backend, where: str, timeout_s: float) -> 
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Timed out" in str(error)
+    texts = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "imed out")
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in texts)
 
 
 def _first_line(error: Exception) -> str:

@@ -100,6 +100,8 @@ def together(action: Callable[[], None] | None) -> None:
     try:
         if action is not None:
             action()
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         problem = str(error if isinstance(error, OSError) else error.__context__ or error)
     problems: list[str | None] = [None] * dist.get_world_size()
@@ -241,7 +243,7 @@ def _pieces(
 
     def add(key: str, tensor: Tensor, range_: ShardRange | None) -> None:
         shape, start = (range_.shape, range_.start) if range_ else (tensor.shape, 0)
-        pieces[key] = (list(shape), start, _local(tensor).reshape(-1).clone())  # a view would save all its storage
+        pieces[key] = (list(shape), start, _local(tensor).reshape(-1).to("cpu", copy=True))
 
     for name, tensor in module.state_dict().items():
         if name in ranges or everything:

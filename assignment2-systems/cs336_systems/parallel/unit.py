@@ -102,8 +102,10 @@ class Unit:
         ]
         self._starts = starts
         self._trainable = [number for number, weight in enumerate(self.whole) if weight.requires_grad]
-        self._missing: set[int] = set()  # of these, which had no gradient when gradients were last sent
-        self._filled: set[int] = set()  # ... and so far never, so that their shards' gradients are mere zeros
+        # A weight without a gradient here sends zeros (`_missing`). If its shard had no gradient before, what it gets
+        # may be the zeros of all processes (`_filled`): then FSDP takes it away again.
+        self._missing: set[int] = set()
+        self._filled: set[int] = set()
         self._absent = len(self._trainable)  # gradients still to come in this backward pass
         self.show_shards()
         self._flat.untyped_storage().resize_(0)
@@ -186,6 +188,22 @@ class Unit:
             low = shard.storage_offset()
             part = mean[low : low + shard.numel()]
             shard.grad = part if shard.grad is None else shard.grad + part
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of whole weights."""
+        self._filled.clear()
+        for weight in self.whole:
+            weight.grad = None
+
+    @property
+    def size(self) -> int:
+        """Elements of the flat tensor, its gaps included."""
+        return self._size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the whole weights."""
+        return self._flat.dtype
 
     @property
     def trainable(self) -> list[nn.Parameter]:
