@@ -22,6 +22,7 @@ from cs336_systems.parallel.process_group import Process
 from cs336_systems.parallel_step import (
     NO_MEMORY_ON_CPU,
     AdamWName,
+    BucketSize,
     ParallelConfig,
     ParallelMeasurement,
     ParallelStep,
@@ -50,10 +51,10 @@ class BenchDdp(ParallelMeasurement):
     variants: tuple[DdpVariant, ...] = get_args(DdpVariant)
     """none: no communication, the floor. naive, flat: after the backward pass. overlapped, bucketed: during it.
     torch-ddp: PyTorch's container."""
-    bucket_mb: tuple[float, ...] = gpu_or_cpu((1, 10, 100, 1000), (0.1, 1))
-    """Sizes of a bucket of the bucketed variant, in MB of 2^20 bytes."""
-    torch_bucket_mb: tuple[float, ...] = (25,)
-    """The same of torch-ddp."""
+    bucket_mb: tuple[BucketSize, ...] = gpu_or_cpu(("auto", 1, 10, 100, 1000), ("auto", 0.1, 1))
+    """Sizes of a bucket of the bucketed variant, in MB of 2^20 bytes; auto is its default, buckets that shrink."""
+    torch_bucket_mb: tuple[float, ...] = gpu_or_cpu((25, 100, 1000), (25,))
+    """The same of torch-ddp, whose default is 25."""
     mode: Mode = "eager"
     """compiled puts each block of the model through torch.compile."""
     optimizer: AdamWName = "basics"
@@ -70,7 +71,7 @@ class BenchDdp(ParallelMeasurement):
         device = self.checked_device()
         check_options(self, "rounds")
         for size in (*self.bucket_mb, *self.torch_bucket_mb):
-            if size <= 0:
+            if size != "auto" and size <= 0:
                 raise ValueError(f"a bucket of {size} MB was asked for; choose a positive size")
         config = self.step_config(device, self.mode, self.optimizer)
         cases = self.cases()
@@ -100,7 +101,7 @@ class BenchDdp(ParallelMeasurement):
 
     def cases(self) -> list[Row]:
         """A row for each variant and size of a bucket."""
-        sizes: dict[str, tuple[float, ...]] = {"bucketed": self.bucket_mb, "torch-ddp": self.torch_bucket_mb}
+        sizes: dict[str, tuple[BucketSize, ...]] = {"bucketed": self.bucket_mb, "torch-ddp": self.torch_bucket_mb}
         return [
             {"variant": variant} | ({"bucket_MB": size} if size else {})
             for variant in self.variants
@@ -115,7 +116,9 @@ def measure_ddp(
     rows: list[Row] = [case | {"status": OK} for case in cases]
     times: list[list[list[StepTimes]]] = [[] for _ in rows]  # [row][round or none][process] -> of all steps
     rounds: list[list[float]] = [[] for _ in rows]
-    configs = [ParallelConfig(config, case["variant"], case.get("bucket_MB"), options.optimizer) for case in cases]
+    configs = [
+        ParallelConfig(config, case["variant"], case.get("bucket_MB", "auto"), options.optimizer) for case in cases
+    ]
     with progress_of(process, (options.rounds + options.trace) * len(rows)) as start:
         for number in range(1, options.rounds + 1):
             for index, row in enumerate(rows):
@@ -180,7 +183,9 @@ def trace_step(
 def label(row: Mapping[str, object]) -> str:
     """A row's variant, and the size of its buckets."""
     size = row.get("bucket_MB")
-    return f"{row['variant']} {size:g} MB" if isinstance(size, int | float) else str(row["variant"])
+    if size is None:
+        return str(row["variant"])
+    return f"{row['variant']} {size if size == 'auto' else f'{size:g} MB'}"
 
 
 def _derived(options: BenchDdp, row: Row, rounds: list[float]) -> Row:

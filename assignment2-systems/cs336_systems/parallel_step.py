@@ -57,6 +57,9 @@ AdamWName = Literal["basics", "fused", "torch"]
 #: Who shares out the optimizer's state: nobody, `ShardedOptimizer`, or PyTorch's ZeroRedundancyOptimizer.
 StateSharding = Literal["none", "ours", "torch"]
 
+#: In MB of 2^20 bytes.
+BucketSize = float | Literal["auto"]
+
 SHARDED_WEIGHTS: tuple[Parallelism, ...] = ("fsdp", "fsdp-linear", "fully-shard")
 #: Small enough to keep many steps on one batch finite.
 LEARNING_RATE = 1e-4
@@ -71,8 +74,8 @@ class ParallelConfig:
     backward graph of the whole model would deliver all gradients at its end, with nothing left to overlap with."""
     parallelism: Parallelism = "none"
     """How the processes work together."""
-    bucket_mb: float | None = None
-    """Size of a bucket, in MB of 2^20 bytes; default 25, as in PyTorch."""
+    bucket_mb: BucketSize = "auto"
+    """Size of a bucket, in MB of 2^20 bytes. auto: ours shrink, PyTorch's hold 25 MB, its default."""
     optimizer: AdamWName = "basics"
     """Which AdamW."""
     sharding: StateSharding = "none"
@@ -233,7 +236,6 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def _wrapped(model: BasicsTransformerLM, config: ParallelConfig, device: torch.device) -> nn.Module:
     dtype = torch.bfloat16 if config.step.precision == "bf16" else None
-    bucket_mb = config.bucket_mb or 25
     match config.parallelism:
         case "none":
             return model
@@ -244,9 +246,9 @@ def _wrapped(model: BasicsTransformerLM, config: ParallelConfig, device: torch.d
         case "overlapped":
             return OverlappedDataParallel(model)
         case "bucketed":
-            return BucketedDataParallel(model, bucket_mb)
+            return BucketedDataParallel(model, config.bucket_mb)
         case "torch-ddp":
-            return _torch_ddp(model, bucket_mb, device)
+            return _torch_ddp(model, config.bucket_mb, device)
         case "fsdp":
             return FSDP(model, dtype, (TransformerBlock, Linear, Embedding))
         case "fsdp-linear":
@@ -255,7 +257,7 @@ def _wrapped(model: BasicsTransformerLM, config: ParallelConfig, device: torch.d
             return _fully_sharded(model, dtype, device)
 
 
-def _torch_ddp(model: nn.Module, bucket_mb: float, device: torch.device) -> nn.Module:
+def _torch_ddp(model: nn.Module, bucket_mb: BucketSize, device: torch.device) -> nn.Module:
     from torch.nn.parallel import DistributedDataParallel
 
     # The only buffers are tables of positions: no need to send them before every step. (Renamed in torch 2.13.)
@@ -265,7 +267,9 @@ def _torch_ddp(model: nn.Module, bucket_mb: float, device: torch.device) -> nn.M
     }
     if device.type == "cuda":
         options["device_ids"] = [device]
-    return DistributedDataParallel(model, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, **options)
+    if bucket_mb != "auto":
+        options["bucket_cap_mb"] = bucket_mb
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
 
 
 def _fully_sharded(model: BasicsTransformerLM, dtype: torch.dtype | None, device: torch.device) -> nn.Module:

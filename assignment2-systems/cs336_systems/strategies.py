@@ -95,7 +95,7 @@ class DDP:
 
     def reduce_mean(self, value: Tensor) -> Tensor:
         mean = value.clone()
-        AllReduceMean(mean).wait()
+        AllReduceMean([mean]).wait()
         return mean
 
     def save(

@@ -26,9 +26,18 @@ def numbers(process, dtype=torch.float64):
 def check_all_reduce(process, dtype):
     all_numbers = numbers(process, dtype)
     for take in (lambda x: x.clone(), lambda x: x.T.clone().T, lambda x: x.repeat(2, 2)[::2, ::2], lambda x: x[:0]):
+        mean = (all_numbers.double().sum(0) / process.world_size).to(dtype)
         ours = take(all_numbers[process.rank])
-        AllReduceMean(ours, None).wait()
-        assert torch.equal(ours, take((all_numbers.double().sum(0) / process.world_size).to(dtype)))
+        AllReduceMean([ours]).wait()
+        assert torch.equal(ours, take(mean))
+        several = [
+            take(all_numbers[process.rank]),
+            all_numbers[process.rank].clone()[1],
+            take(all_numbers[process.rank]),
+        ]
+        AllReduceMean(several).wait()
+        for ours, expected in zip(several, (take(mean), mean[1], take(mean)), strict=True):
+            assert torch.equal(ours, expected)
 
 
 @worlds

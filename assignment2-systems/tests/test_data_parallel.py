@@ -408,7 +408,7 @@ def started_messages(process, wrap):
         model.finish_gradient_synchronization()
     events = sorted(profiled.events(), key=lambda event: event.time_range.start)
     backward = next(event.time_range for event in events if event.name == "backward pass")
-    names = ("c10d::_reduce_scatter_base_",) if isinstance(model, FSDP) else ("c10d::allreduce_",)
+    names = ("c10d::_reduce_scatter_base_",) if isinstance(model, FSDP) else ("c10d::allreduce_coalesced_",)
     messages = [event.time_range.start for event in events if event.name in names]
     last_product = max(
         event.time_range.start for event in events if event.name == "aten::mm" and event.time_range.start < backward.end
@@ -427,15 +427,24 @@ def test_messages_start_during_the_backward_pass(workers, wrap):
             assert 2 <= during < total
 
 
-def check_size_by_itself(process, layers, expected):
-    model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(layers)))  # 0.25 MB each
-    with mock.patch.multiple(bucketed, LEAST_MB=0.5, MOST_MESSAGES=8):
-        assert len(BucketedDataParallel(model)._buckets) == expected
+def check_shrinking_buckets(process, sizes, expected):
+    with mock.patch.multiple(bucketed, LEAST_MB=8 / 2**20, SHARE=1 / 4):  # 2 elements
+        buckets = BucketedDataParallel(Numbers(*sizes))._buckets
+    assert [sum(parameter.numel() for parameter in bucket) for bucket in buckets] == expected
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(1, 1), (6, 3), (16, 8), (32, 8), (64, 8)])
-def test_buckets_without_a_size_grow_with_the_model(layers, expected, workers):
-    workers.run(check_size_by_itself, 1, layers, expected)
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([1], [1]),
+        ([1, 1, 1], [2, 1]),  # the least size
+        ([1] * 16, [4, 3, 2, 2, 2, 2, 1]),  # a quarter of 16, of 12, of 9, ...
+        ([4, 8, 3, 1], [4, 8, 4]),  # a gradient that is larger has a bucket of its own
+        ([1] * 64, [16, 12, 9, 6, 5, 4, 3, 2, 2, 2, 2, 1]),
+    ],
+)
+def test_buckets_without_a_size_shrink(sizes, expected, workers):
+    workers.run(check_shrinking_buckets, 1, sizes, expected)
 
 
 def check_bare_module(process):

@@ -1,4 +1,4 @@
-"""Data parallelism over NCCL, as far as one GPU goes: a group of one process."""
+"""Data parallelism over NCCL: in a group of one process, and where there are two GPUs, in two."""
 
 import copy
 
@@ -19,6 +19,7 @@ from cs336_systems.parallel import (
     OverlappedDataParallel,
     ShardedOptimizer,
 )
+from cs336_systems.parallel.process_group import run_processes
 
 pytestmark = pytest.mark.gpu
 BLOCKS = (TransformerBlock, Linear, Embedding)
@@ -185,3 +186,34 @@ def test_bucketed_waits_for_nothing_either():
         model.clip_gradient(1.0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+
+
+def check_two_processes(process, wrapper, sharded_optimizer):
+    """Each of two processes trains on its half of every batch: the parameters are those of one on whole batches."""
+    alone, model = language_model(), WRAPPERS[wrapper](language_model())
+    optimizer_alone = AdamW(alone.parameters(), lr=1e-2)
+    parameters = model.parameters()
+    optimizer = ShardedOptimizer(parameters, AdamW, lr=1e-2) if sharded_optimizer else AdamW(parameters, lr=1e-2)
+    for inputs, targets in batches():
+        optimizer_alone.zero_grad()
+        cross_entropy(alone(inputs), targets).backward()
+        clip_gradient(alone.parameters(), 0.5)
+        optimizer_alone.step()
+        optimizer.zero_grad()
+        mine, theirs = inputs.chunk(2)[process.rank], targets.chunk(2)[process.rank]
+        cross_entropy(model(mine), theirs).backward()
+        model.finish_gradient_synchronization()
+        model.clip_gradient(0.5)
+        optimizer.step()
+    whole = model.gather_full_params() if isinstance(model, FSDP) else dict(model.module.named_parameters())
+    for name, expected in alone.named_parameters():
+        torch.testing.assert_close(whole[name], expected, rtol=1e-4, atol=1e-6)
+
+
+@two_gpus
+@pytest.mark.parametrize(("wrapper", "sharded_optimizer"), [*((name, False) for name in WRAPPERS), ("bucketed", True)])
+def test_two_processes_train_as_one(wrapper, sharded_optimizer):
+    run_processes(check_two_processes, 2, wrapper, sharded_optimizer, device="cuda", timeout_s=120)

@@ -117,15 +117,16 @@ def recorded_collectives() -> Iterator[list[tuple[str, torch.dtype, int]]]:
 
     def recorded(name: str, function: Callable, position: int) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
-            calls.append((name, args[position].dtype, args[position].numel()))
+            sent = args[position] if isinstance(args[position], list) else [args[position]]
+            calls.append((name, sent[0].dtype, sum(tensor.numel() for tensor in sent)))
             return function(*args, **kwargs)
 
         return call
 
     with ExitStack() as stack:
         for owner, name, position in (
-            (dist, "all_reduce", 0),
             (dist, "broadcast", 0),
+            (collectives, "_all_reduce", 0),
             (collectives, "_all_gather", 1),
             (collectives, "_reduce_scatter", 1),
         ):

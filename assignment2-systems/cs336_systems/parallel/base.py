@@ -74,7 +74,7 @@ class DataParallel(nn.Module):
         present = torch.ones(len(parameters), device=parameters[0].device)
         for parameter in missing:
             present[number[parameter]] = 0
-        AllReduceMean(present, self.group).wait()
+        AllReduceMean([present], self.group).wait()
         for parameter in missing:  # who misses nothing does not look, and so does not wait for the GPU
             if present[number[parameter]] == 0:
                 parameter.grad = None
@@ -91,7 +91,7 @@ class DataParallel(nn.Module):
         """
         device = next(self.module.parameters()).device
         mean = torch.tensor(float(rows), device=device)
-        AllReduceMean(mean, self.group).wait()
+        AllReduceMean([mean], self.group).wait()
         return rows / mean
 
     def _synchronize(self) -> None:

@@ -5,43 +5,51 @@ from typing import Literal
 from torch import nn
 
 from cs336_systems.parallel.collectives import Group
-from cs336_systems.parallel.flat import Bucket
-from cs336_systems.parallel.overlapped import OverlappedDataParallel
+from cs336_systems.parallel.overlapped import Bucket, OverlappedDataParallel
 
 MB = 2**20
-#: The size of a bucket where none is given: at least so many MB, and so many that there are about so many messages at
-#: most. Each costs the host 0.1 to 0.2 ms, which an eager backward pass, for which the GPU waits anyway, cannot hide.
-LEAST_MB, MOST_MESSAGES = 25, 64
+#: Where no size is given: the share of the gradients still to come that makes a bucket, and the least size in MB.
+SHARE, LEAST_MB = 1 / 4, 25
 
 
 class BucketedDataParallel(OverlappedDataParallel):
     """Gradients travel in buckets, filled in reverse order of the parameters (Li et al. 2020, section 3.2.2).
 
+    Buckets of one size are a compromise: a message costs the host 0.1 to 0.2 ms, so they should be large; but nothing
+    hides the last one, so it should be small. Without a size, buckets shrink: each takes a fixed share of the gradients
+    that are still to come. A large one then travels while a long backward pass is still ahead, only a small one when it
+    is over. There are few of them: their number grows with the logarithm of the model's size.
+
     Args:
         module, group: see `DataParallel`.
         bucket_size_mb: a bucket holds at most so many MB (of 2^20 bytes) of gradients, unless a single one is larger.
-            None: all gradients of a dtype that follow one another in one bucket. auto: by the size of the model.
+            None: all gradients of a dtype that follow one another in one bucket. auto: they shrink.
     """
 
     def __init__(
         self, module: nn.Module, bucket_size_mb: float | Literal["auto"] | None = "auto", group: Group = None
     ) -> None:
-        if bucket_size_mb == "auto":
-            gradients = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
-            bucket_size_mb = max(LEAST_MB, gradients / MB / MOST_MESSAGES)
-        if bucket_size_mb is not None and bucket_size_mb <= 0:
+        if isinstance(bucket_size_mb, int | float) and bucket_size_mb <= 0:
             raise ValueError(f"bucket_size_mb is {bucket_size_mb}, but must be positive, or None for one bucket")
-        self._bucket_bytes = float("inf") if bucket_size_mb is None else bucket_size_mb * MB
+        self._bucket_size_mb = bucket_size_mb
         super().__init__(module, group)
 
     def _fill_buckets(self) -> list[Bucket]:
-        buckets: list[list[nn.Parameter]] = []
-        size = 0
+        to_come = sum(parameter.nbytes for parameter in self.trainable)
+        buckets: list[Bucket] = []
+        size = limit = 0.0
         for parameter in reversed(self.trainable):
             same_dtype = buckets and buckets[-1][0].dtype == parameter.dtype
-            if not same_dtype or size + parameter.nbytes > self._bucket_bytes:
+            if not same_dtype or size + parameter.nbytes > limit:
                 buckets.append([])
-                size = 0
+                size, limit = 0, self._limit(to_come)
             buckets[-1].append(parameter)
             size += parameter.nbytes
-        return [Bucket(parameters) for parameters in buckets]
+            to_come -= parameter.nbytes
+        return buckets
+
+    def _limit(self, to_come: int) -> float:
+        """How many bytes the next bucket may hold, of those still to come."""
+        if self._bucket_size_mb == "auto":
+            return max(LEAST_MB * MB, SHARE * to_come)
+        return float("inf") if self._bucket_size_mb is None else self._bucket_size_mb * MB

@@ -9,4 +9,4 @@ class NaiveDataParallel(DataParallel):
 
     def _synchronize(self) -> None:
         for parameter in self.trainable:
-            AllReduceMean(gradient(parameter), self.group).wait()
+            AllReduceMean([gradient(parameter)], self.group).wait()

@@ -8,8 +8,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from cs336_systems.parallel.base import DataParallel
-from cs336_systems.parallel.collectives import Group, Pending, check_same_everywhere
-from cs336_systems.parallel.flat import Bucket
+from cs336_systems.parallel.collectives import AllReduceMean, Group, check_same_everywhere, gradient
+
+#: Parameters of one dtype whose gradients travel in one message.
+Bucket = list[nn.Parameter]
 
 
 class OverlappedDataParallel(DataParallel):
@@ -23,23 +25,23 @@ class OverlappedDataParallel(DataParallel):
     def __init__(self, module: nn.Module, group: Group = None) -> None:
         super().__init__(module, group)
         self._buckets = self._fill_buckets()
-        check_same_everywhere([f"a bucket of {len(bucket.parameters)}" for bucket in self._buckets], "buckets", group)
+        check_same_everywhere([f"a bucket of {len(bucket)}" for bucket in self._buckets], "buckets", group)
         this: Any = weakref.proxy(self)  # what such a hook holds is never freed: Python cannot see the cycle
         handles = [
             parameter.register_post_accumulate_grad_hook(partial(type(self)._on_gradient, this, number, place))
             for number, bucket in enumerate(self._buckets)
-            for place, parameter in enumerate(bucket.parameters)
+            for place, parameter in enumerate(bucket)
         ]
         weakref.finalize(self, _remove, handles)  # the module can be trained on without its container
         self._reset()
 
     def _fill_buckets(self) -> list[Bucket]:
         """The messages, in the order in which they leave."""
-        return [Bucket([parameter]) for parameter in reversed(self.trainable)]
+        return [[parameter] for parameter in reversed(self.trainable)]
 
     def _reset(self) -> None:
-        self._absent = [set(range(len(bucket.parameters))) for bucket in self._buckets]  # gradients still to come
-        self._under_way: list[Pending] = []
+        self._absent = [set(range(len(bucket))) for bucket in self._buckets]  # gradients still to come
+        self._under_way: list[AllReduceMean] = []
 
     def _on_gradient(self, number: int, place: int, _: nn.Parameter) -> None:
         """The gradient of a bucket's parameter is there."""
@@ -52,11 +54,13 @@ class OverlappedDataParallel(DataParallel):
         if not self._synchronizing:
             return
         absent.remove(place)
-        while len(self._under_way) < len(self._buckets) and not self._absent[len(self._under_way)]:
-            self._launch_next()
+        if not absent:
+            while len(self._under_way) < len(self._buckets) and not self._absent[len(self._under_way)]:
+                self._launch_next()
 
     def _launch_next(self) -> None:
-        self._under_way.append(self._buckets[len(self._under_way)].all_reduce(self.group))
+        gradients = [gradient(parameter) for parameter in self._buckets[len(self._under_way)]]
+        self._under_way.append(AllReduceMean(gradients, self.group))
 
     def _synchronize(self) -> None:
         while len(self._under_way) < len(self._buckets):
