@@ -70,7 +70,7 @@ class DataParallel(nn.Module):
         """Of parameters that got no gradient here, `missing`, give back `None` to those that got none anywhere."""
         if not parameters:
             return
-        number = {parameter: number for number, parameter in enumerate(parameters)}
+        number = {parameter: number for number, parameter in enumerate(parameters)} if missing else {}
         present = torch.ones(len(parameters), device=parameters[0].device)
         for parameter in missing:
             present[number[parameter]] = 0
