@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _coalescing_manager  # what FSDP2 groups its messages with
 
 # Renamed in torch 2.13, where the older names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -80,13 +81,21 @@ def all_gather(output: Tensor, share: Tensor, group: Group = None) -> Pending:
 
 
 def broadcast(tensors: Iterable[Tensor], sources: Iterable[int] = repeat(0), group: Group = None) -> None:
-    """Give every process the values that process `source` of the group has, for each tensor and its source."""
-    under_way = []
-    for tensor, source in zip(tensors, sources):
-        buffer = tensor.detach().contiguous()
-        under_way.append((tensor, buffer, dist.broadcast(buffer, group=group, group_src=source, async_op=True)))
-    for tensor, buffer, work in under_way:
+    """Give every process the values that process `source` of the group has, for each tensor and its source.
+
+    With NCCL they travel in one message, in which those of different sources use their links at the same time.
+    """
+    messages = [(tensor, tensor.detach().contiguous(), source) for tensor, source in zip(tensors, sources)]
+    if not messages:
+        return
+    together = dist.get_backend(group) == dist.Backend.NCCL
+    with _coalescing_manager(group, messages[0][1].device if together else None, async_ops=True) as coalesced:
+        under_way = [
+            dist.broadcast(buffer, group=group, group_src=source, async_op=True) for _, buffer, source in messages
+        ]
+    for work in coalesced.works if together else under_way:
         work.wait()
+    for tensor, buffer, _ in messages:
         if buffer.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(buffer)
 
