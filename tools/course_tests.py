@@ -8,6 +8,9 @@ COURSE is an unmodified checkout of one of the course's assignments. Its tests r
     T/tests/*            -> COURSE/tests/*     test files, conftest.py, fixtures, _snapshots
     T/*                  -> COURSE/*           but for the course's library packages, which would shadow ours
 
+With --model FOLDER, a model that the tests name by a path of the course's own machines is read from FOLDER, see
+course_model.py.
+
 pytest runs there, in the environment of the package that the checkout belongs to, and its exit status is ours (2 also
 stands for a COURSE that cannot be used). Only links are made, so both checkouts stay as they are.
 """
@@ -160,13 +163,34 @@ def lay_out(checkout: Checkout, package: Path, folder: Path) -> None:
     (folder / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
 
 
-def run_tests(checkout: Checkout, package: Path, arguments: Sequence[str]) -> int:
-    """Run the tests of `checkout` against the adapters of `package`; `arguments` go to pytest, whose status returns."""
+def find_model(folder: Path | None) -> Path | None:
+    """The folder of the model, made absolute, if there is one.
+
+    Raises:
+        CourseError: it holds no model of transformers.
+    """
+    if folder is None:
+        return None
+    model = folder.expanduser().resolve()
+    if not (model / "config.json").is_file():
+        raise CourseError(f"{model} has no config.json: give MODEL the folder of a model of transformers")
+    return model
+
+
+def run_tests(checkout: Checkout, package: Path, arguments: Sequence[str], model: Path | None = None) -> int:
+    """Run the tests of `checkout` against the adapters of `package`; `arguments` go to pytest, whose status returns.
+
+    Models that are not where the tests look for them are read from the folder `model`.
+    """
     with tempfile.TemporaryDirectory(prefix="course-tests-") as temporary:
         folder = Path(temporary).resolve()
         lay_out(checkout, package, folder)
         command = [str(_python(package)), "-m", "pytest", "-c", f"{folder}/pytest.ini", "--rootdir", str(folder)]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+        if model:
+            command += ["-p", "course_model"]
+            paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+            environment |= {"COURSE_MODEL": str(model), "PYTHONPATH": os.pathsep.join(paths)}
         status = subprocess.call([*command, "-p", "no:cacheprovider", *arguments], cwd=folder, env=environment)
     return status if status >= 0 else 128 - status
 
@@ -181,9 +205,11 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     )
     parser.add_argument("course", metavar="COURSE", nargs="?", default="", help="the checkout, or its tests folder")
     parser.add_argument("--package", help="the package to test, if not told by the checkout, e.g. assignment1-basics")
+    parser.add_argument("--model", type=Path, help="a folder with the model that the tests of Assignment 5 ask for")
     options, arguments = parser.parse_known_args(argv)
     try:
         checkout = find_checkout(options.course)
+        model = find_model(options.model)
         package = find_package(checkout, Path(os.path.abspath(root)), options.package)
         adapters = package / "tests" / "adapters.py"
         missing = missing_adapters(checkout.tests / "adapters.py", adapters)
@@ -191,7 +217,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         print(f"{count} test files of {checkout.tests}, adapters {adapters}, python {_python(package)}", flush=True)
         if missing:
             print(f"warning: {adapters} lacks {', '.join(missing)}; the tests of these will fail", flush=True)
-        return run_tests(checkout, package, arguments)
+        return run_tests(checkout, package, arguments, model)
     except (CourseError, OSError) as error:
         print(f"course-tests: {error}", file=sys.stderr)
         return 2

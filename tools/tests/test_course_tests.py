@@ -381,6 +381,34 @@ def test_forced_package(course, root, capfd):
     assert "2 passed" in capfd.readouterr().out
 
 
+MODEL_TEST = """
+    from pathlib import Path
+    from transformers import AutoConfig
+
+    def test_model():
+        elsewhere = Path("/no such cluster/models/Qwen2.5-Math-1.5B")
+        assert AutoConfig.from_pretrained(elsewhere).hidden_size == 48
+        assert AutoConfig.from_pretrained(str(elsewhere)).hidden_size == 48
+        assert AutoConfig.from_pretrained(Path(__file__).resolve().parent / "fixtures" / "model").hidden_size == 64
+"""
+
+
+def config_of(hidden_size: int) -> str:
+    return f'{{"model_type": "qwen2", "hidden_size": {hidden_size}}}'
+
+
+def test_a_model_that_is_elsewhere(course, root, tmp_path, capfd):
+    write(course, {"tests/test_model.py": MODEL_TEST, "tests/fixtures/model/config.json": config_of(64)})
+    model = write(tmp_path / "a model", {"config.json": config_of(48)})
+    assert course_tests.main([str(course), "--model", str(model), "-k", "test_model"], root) == 0
+    assert "1 passed" in capfd.readouterr().out
+    assert course_tests.main([str(course), "-k", "test_model"], root) == 1
+
+
+def test_error_no_model(course, root, tmp_path, capfd):
+    assert "has no config.json" in error_of(capfd, [str(course), "--model", str(tmp_path)], root)
+
+
 def test_real_adapters(tmp_path, capfd):
     if not os.access(TOOLS.parent / "assignment1-basics/.venv/bin/python", os.X_OK):
         pytest.skip("assignment1-basics has no environment; `make setup` creates it")
