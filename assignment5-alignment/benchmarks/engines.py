@@ -1,0 +1,218 @@
+"""Rollouts of both engines and of plain transformers on the same work: tokens per second, and whether they agree.
+
+    python -m benchmarks.engines [--model FOLDER | --shape tiny] [--prompts 32] [--samples 8] [--max-tokens 60]
+
+Without a model, one of random weights in the shape of `--shape` is made. Three jobs, from the same prompts:
+
+- full: every completion has `--max-tokens` tokens;
+- ragged: stop strings end completions at many lengths, so that dropping finished rows shows;
+- greedy: the tokens of each engine beside those of the transformers engine without compilation.
+
+An engine that is not installed for the device is left out. Candidates take turns; the first call of each, which may
+compile, is reported by itself.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from cs336_alignment.engines import Completion, SamplingParams, make_engine
+from cs336_alignment.pretrained import byte_tokenizer, load_policy, load_tokenizer, resolve_device, save_policy
+from cs336_alignment.run_log import environment, write_atomically
+
+RESULTS = Path(__file__).parent.parent / "results"
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {  # of the demonstration
+        "vocab_size": 262,
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    },
+    "qwen2.5-1.5b": {
+        "vocab_size": 151_936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+}
+# Each with the probability 1/262 a token where weights are random and small.
+STOPS = tuple("abcdefgh")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is generated."""
+
+    prompts: list[str]
+    samples: int
+    max_tokens: int
+
+    def params(self, job: str) -> SamplingParams:
+        if job == "greedy":
+            return SamplingParams(temperature=0, max_tokens=self.max_tokens, min_tokens=self.max_tokens)
+        full = job == "full"
+        return SamplingParams(
+            n=self.samples,
+            max_tokens=self.max_tokens,
+            min_tokens=self.max_tokens if full else 0,
+            stop=() if full else STOPS,
+        )
+
+
+def make_model(shape: str, folder: Path, dtype: torch.dtype) -> Path:
+    tokenizer = byte_tokenizer()
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    torch.manual_seed(0)
+    config = Qwen2Config(**SHAPES[shape], **ends, max_position_embeddings=4096, tie_word_embeddings=True)
+    model: Any = Qwen2ForCausalLM(config)
+    save_policy(model.to(dtype), tokenizer, folder)
+    return folder
+
+
+def plain_generate(model: Any, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Callable:
+    """`generate` of transformers as it is: all rows in one batch."""
+
+    def generate(prompts: list[str], params: SamplingParams) -> int:
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left").to(model.device)
+        batch = {name: values.repeat_interleave(params.n, 0) for name, values in batch.items()}
+        stop = {"stop_strings": list(params.stop), "tokenizer": tokenizer} if params.stop else {}
+        out = model.generate(
+            **batch,
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=params.max_tokens,
+            min_new_tokens=params.min_tokens,
+            **stop,
+            **options,
+        )
+        written = out[:, batch["input_ids"].shape[1] :] != tokenizer.pad_token_id
+        return int((written * torch.arange(1, written.shape[1] + 1, device=model.device)).amax(1).sum())
+
+    return generate
+
+
+def counted(generate: Callable[[list[str], SamplingParams], list[list[Completion]]]) -> Callable:
+    return lambda prompts, params: sum(len(c.token_ids) for group in generate(prompts, params) for c in group)
+
+
+def timed(run: Callable[[list[str], SamplingParams], int], work: Work, job: str) -> tuple[float, float]:
+    """Seconds, and tokens per second."""
+    started = time.perf_counter()
+    tokens = run(work.prompts, work.params(job))
+    seconds = time.perf_counter() - started
+    return seconds, tokens / seconds
+
+
+def speed_rows(job: str, work: Work, candidates: dict[str, Callable], repeats: int) -> list[dict]:
+    first = {who: timed(run, work, job)[0] for who, run in candidates.items()}
+    speeds: dict[str, list[float]] = {who: [] for who in candidates}
+    for _, (who, run) in itertools.product(range(repeats), candidates.items()):
+        speeds[who].append(timed(run, work, job)[1])
+    return [
+        {
+            "job": job,
+            "who": who,
+            "tokens_per_s": statistics.median(values),
+            "slowest": min(values),
+            "fastest": max(values),
+            "first_call_s": first[who],
+        }
+        for who, values in speeds.items()
+    ]
+
+
+def agreement_rows(work: Work, engines: dict[str, Any]) -> list[dict]:
+    answers = {
+        who: [group[0] for group in engine.generate(work.prompts, work.params("greedy"))]
+        for who, engine in engines.items()
+    }
+    reference, *others = answers
+    rows = []
+    for who in others:
+        pairs = list(zip(answers[reference], answers[who], strict=True))
+        same = [(one, other) for one, other in pairs if one.token_ids == other.token_ids]
+        gap = max((abs(p - q) for one, other in same for p, q in zip(one.log_probs, other.log_probs)), default=None)
+        row = {"job": "greedy", "who": who, "completions": len(pairs), "same_tokens": len(same)}
+        rows.append({**row, "largest_log_prob_gap_of_the_same": gap})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the engines.")
+    parser.add_argument("--model", type=Path, help="a folder of Hugging Face; default: random weights of --shape")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--samples", type=int, default=8, help="of each prompt")
+    parser.add_argument("--max-tokens", type=int, default=60)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.5, help="vLLM's; the others share the GPU")
+    parser.add_argument("--out", type=Path, help="the result; default: results/engines_DEVICE.json")
+    options = parser.parse_args()
+    device, dtype = resolve_device(options.device), getattr(torch, options.dtype)
+    prompts = [
+        f"User: What is {number} + {number * number}? Explain it.\nAssistant: <think>"
+        for number in range(options.prompts)
+    ]
+    work = Work(prompts, options.samples, options.max_tokens)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = options.model or make_model(options.shape, Path(temporary) / "model", dtype)
+        tokenizer, engines = load_tokenizer(path), dict[str, Any]()
+        settings = {"dtype": dtype, "gpu_memory_utilization": options.gpu_memory_utilization}
+        try:  # vLLM first: it wants the memory that it is promised to be free
+            vllm = {"vllm engine": make_engine("vllm", path, tokenizer, device, **settings)}
+        except ValueError as error:
+            print(f"left out: {error}")
+            vllm = {}
+        model = load_policy(path, device, dtype)
+        engines["transformers engine"] = make_engine(
+            "transformers", path, tokenizer, device, policy=model, dtype=dtype, compiled=False
+        )
+        baselines = {"generate of transformers": plain_generate(model, tokenizer)}
+        if device.type == "cuda":
+            engines["transformers engine, compiled"] = make_engine(
+                "transformers", path, tokenizer, device, policy=model, dtype=dtype, compiled=True
+            )
+            baselines["generate of transformers, static cache"] = plain_generate(
+                model, tokenizer, cache_implementation="static"
+            )
+        engines |= vllm
+        rows = agreement_rows(work, engines)
+        candidates = {who: counted(engine.generate) for who, engine in engines.items()} | baselines
+        for job in ("full", "ragged"):
+            rows += speed_rows(job, work, candidates, options.repeats)
+        for engine in engines.values():
+            engine.close()
+    what = (
+        f"rollouts of {options.model or options.shape} in {options.dtype}: {options.prompts} prompts of some 60 bytes, "
+        f"{options.samples} completions each, at most {options.max_tokens} tokens, {torch.get_num_threads()} threads"
+    )
+    record = {"what": what, **environment(device), "rows": rows}
+    out = options.out or RESULTS / f"engines_{device.type}.json"
+    write_atomically(out, json.dumps(record, indent=1) + "\n")
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    print(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Teaching a language model to reason: evaluation, SFT, expert iteration, GRPO and DPO."""

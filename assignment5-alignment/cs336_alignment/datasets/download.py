@@ -1,0 +1,178 @@
+"""Fetch public data sets: `python -m cs336_alignment.datasets.download math`.
+
+What the Hugging Face Hub has as JSON, CSV or an archive comes as a file. Where it has Parquet only, the rows come
+through the Hub's viewer, as JSON, and are written as JSON lines, so that nothing here needs a reader of Parquet.
+"""
+
+import argparse
+import json
+import shutil
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+from urllib.request import urlopen
+
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from cs336_alignment.datasets.examples import load_examples
+from cs336_alignment.datasets.overlap import find_overlap
+from cs336_alignment.datasets.preferences import HH_SUBSETS, load_preferences
+
+_VIEWER = "https://datasets-server.huggingface.co/rows"
+_ROWS_AT_ONCE = 100  # the most that the viewer gives
+_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of a data set on the Hub."""
+
+    repository: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a data set on the Hub: those of all parts, in one file for each split."""
+
+    repository: str
+    parts: tuple[str, ...]
+    splits: tuple[str, ...]
+
+
+_MATH_SUBJECTS = (
+    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+    "precalculus",
+)  # fmt: skip
+
+SOURCES: dict[str, Files | Rows] = {
+    "math": Rows("EleutherAI/hendrycks_math", _MATH_SUBJECTS, ("train", "test")),
+    "gsm8k": Rows("openai/gsm8k", ("main",), ("train", "test")),
+    "svamp": Rows("ChilleD/SVAMP", ("default",), ("train", "test")),
+    "mmlu": Files("cais/mmlu", ("data.tar",)),
+    "hh": Files(
+        "Anthropic/hh-rlhf",
+        tuple(f"{subset}/{split}.jsonl.gz" for subset in HH_SUBSETS for split in ("train", "test")),
+    ),
+    "alpaca-eval": Files("tatsu-lab/alpaca_eval", ("alpaca_eval.json",)),
+    "simple-safety-tests": Rows("Bertievidgen/SimpleSafetyTests", ("default",), ("test",)),
+}
+
+
+def download(name: str, folder: Path) -> list[Path]:
+    """Fetch a data set into `folder`; what is there already is left alone.
+
+    Returns:
+        The files, and the folder of an archive's files, as the loaders of this package take them.
+
+    Raises:
+        ConnectionError: the Hub cannot be reached, or does not have what it should; running it again goes on.
+        tarfile.TarError: an archive is damaged.
+    """
+    source = SOURCES[name]
+    if isinstance(source, Rows):
+        paths = [_fetch_rows(source, split, folder / f"{split}.jsonl") for split in source.splits]
+        if name == "math":
+            _leave_out_shared(*paths)
+        return paths
+    return [_fetch_file(source.repository, file, folder) for file in source.names]
+
+
+def _fetch_file(repository: str, file: str, folder: Path) -> Path:
+    path = folder / file
+    unpacked = folder / "csv"
+    if path.suffix == ".tar" and unpacked.exists():
+        return unpacked
+    if not path.exists():
+        try:
+            path = Path(hf_hub_download(repository, file, repo_type="dataset", local_dir=folder))
+        except (OSError, HfHubHTTPError) as error:
+            raise _unreachable(f"{file} of {repository}", error) from error
+    if path.suffix == ".tar":
+        unfinished = folder / "csv.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with tarfile.open(path) as archive:
+            archive.extractall(unfinished, filter="data")  # refuses paths that lead elsewhere
+        unfinished.replace(unpacked)
+        path.unlink()
+        return unpacked
+    return path
+
+
+def _fetch_rows(source: Rows, split: str, path: Path) -> Path:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        with open(unfinished, "w", encoding="utf-8") as file:
+            for part in source.parts:
+                for row in _view(source.repository, part, split):
+                    file.write(json.dumps(row) + "\n")
+        unfinished.replace(path)
+    return path
+
+
+def _view(repository: str, part: str, split: str) -> Iterator[dict[str, Any]]:
+    """All rows of a part's split, page by page."""
+    what = f"{part}/{split} of {repository}"
+    offset, total = 0, 1
+    while offset < total:
+        query = {"dataset": repository, "config": part, "split": split, "offset": offset, "length": _ROWS_AT_ONCE}
+        try:
+            if constants.HF_HUB_OFFLINE:
+                raise ConnectionError("HF_HUB_OFFLINE is set")
+            with urlopen(f"{_VIEWER}?{urlencode(query)}", timeout=_TIMEOUT_S) as response:
+                page = json.load(response)
+            total = page["num_rows_total"]
+            rows = page["rows"]
+            if not rows or any(row["truncated_cells"] for row in rows):
+                raise ValueError(f"rows {offset} to {offset + _ROWS_AT_ONCE} are incomplete")
+        except (OSError, ValueError, KeyError) as error:
+            raise _unreachable(what, error) from error
+        yield from (row["row"] for row in rows)
+        offset += len(rows)
+
+
+def _leave_out_shared(train: Path, test: Path) -> None:
+    """Take the few problems out of MATH's training file that its authors have in the test file too."""
+    shared = set(find_overlap(load_examples(train, "math"), load_examples(test, "math")))
+    if shared:
+        lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
+        unfinished = train.with_name(train.name + ".tmp")
+        unfinished.write_text(
+            "".join(line for index, line in enumerate(lines) if index not in shared), encoding="utf-8"
+        )
+        unfinished.replace(train)
+        print(f"{train}: {len(shared)} problems left out that {test.name} has too")
+
+
+def _unreachable(what: str, error: Exception) -> ConnectionError:
+    reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    return ConnectionError(f"cannot fetch {what} ({reason}); run the same command again to go on")
+
+
+def _summary(name: str, path: Path) -> str:
+    if name == "hh":
+        pairs, left_out = load_preferences(path)
+        return f"{len(pairs):,} pairs of one turn; {left_out.total():,} others are left out when it is read"
+    return f"{len(load_examples(path)):,} examples"
+
+
+def main() -> None:
+    """Fetch a data set and say what there is."""
+    parser = argparse.ArgumentParser(description="Fetch public data sets for evaluation and training.")
+    parser.add_argument("name", choices=sorted(SOURCES))
+    parser.add_argument("--folder", type=Path, help="where to; default: data/NAME")
+    arguments = parser.parse_args()
+    try:
+        for path in download(arguments.name, arguments.folder or Path("data") / arguments.name):
+            print(f"{path}: {_summary(arguments.name, path)}")
+    except (ConnectionError, ValueError, tarfile.TarError) as error:
+        raise SystemExit(f"cs336-alignment: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Instruction data as one stream of tokens, cut into chunks of one length: no padding, nothing to mask."""
+
+import random
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from cs336_alignment.datasets.sft import load_sft
+from cs336_alignment.prompts import load_prompt
+
+_DOCUMENTS_AT_ONCE = 1024  # enough to keep the tokenizer's threads busy
+
+
+class PackedSftDataset(Dataset[dict[str, Tensor]]):
+    """Non-overlapping chunks of all documents of a file, one after the other.
+
+    A document is a prompt with its response in the Alpaca template (Taori et al. 2023), after the tokenizer's
+    beginning-of-sequence token and before its end-of-sequence token. A tokenizer that has no beginning of sequence, as
+    Qwen's, gets none: the end of the document before separates it. The tokens at the end that fill no chunk are
+    dropped.
+
+    Args:
+        tokenizer: makes the tokens; whether it adds special tokens by itself does not matter.
+        dataset_path: JSON lines, see `load_sft`.
+        seq_length: tokens in a chunk.
+        shuffle: put the documents into a random order first.
+        seed: fixes that order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not what it should be, or too short for one chunk; or the tokenizer has no
+            end-of-sequence token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        dataset_path: str | Path,
+        seq_length: int,
+        shuffle: bool,
+        seed: int = 0,
+    ) -> None:
+        if seq_length < 1:
+            raise ValueError(f"seq_length is {seq_length}, but must be at least 1")
+        template = load_prompt("alpaca_sft")
+        texts = [template.render(row.prompt, response=row.response) for row in load_sft(Path(dataset_path))]
+        if shuffle:
+            random.Random(seed).shuffle(texts)
+        self._tokens = _encode_documents(tokenizer, texts)
+        self._seq_length = seq_length
+        if len(self) == 0:
+            raise ValueError(
+                f"{dataset_path} has {len(self._tokens)} tokens, but one chunk with its labels needs {seq_length + 1}"
+            )
+
+    def __len__(self) -> int:
+        return (len(self._tokens) - 1) // self._seq_length  # the last label lies one token after its chunk
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """`input_ids` and the next tokens, `labels`: each int64 of shape [seq_length]."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"chunk {index} of {len(self)}")
+        start = index % len(self) * self._seq_length
+        chunk = self._tokens[start : start + self._seq_length + 1].long()
+        return {"input_ids": chunk[:-1], "labels": chunk[1:]}
+
+
+def iterate_batches(
+    dataset: Dataset[dict[str, Tensor]], batch_size: int, shuffle: bool, generator: torch.Generator | None = None
+) -> DataLoader[dict[str, Tensor]]:
+    """An epoch of batches, `input_ids` and `labels` of shape [batch seq]; the last may be short.
+
+    Args:
+        dataset: the chunks.
+        batch_size: chunks in a batch.
+        shuffle: draw them in random order, another one in every epoch.
+        generator: fixes that order. Default: the global one of PyTorch.
+    """
+    return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, generator=generator)
+
+
+def _encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> Int[Tensor, " tokens"]:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-sequence token to end documents with; set tokenizer.eos_token")
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [tokenizer.eos_token_id]
+    parts = []
+    for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
+        # Some tokenizers would add their special tokens to each text, others not: here none does.
+        encoded = tokenizer(texts[start : start + _DOCUMENTS_AT_ONCE], add_special_tokens=False)["input_ids"]
+        ids = [token for document in encoded for token in (*begin, *document, *end)]
+        parts.append(torch.tensor(ids, dtype=torch.int32))  # half of int64; vocabularies are far below 2^31
+    return torch.cat(parts)

@@ -1,0 +1,207 @@
+"""From a random model to one that reasons, in minutes on a laptop: every stage of the package in one program.
+
+A model of 0.1 M parameters learns to answer small sums from examples, three tenths of which show their working. It
+imitates that mixture: most of its answers come at once, and most of those are wrong. Then GRPO rewards what is right,
+and within some dozens of updates the model shows its working nearly always, because that is what pays.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cs336_alignment.checkpoint import latest_checkpoint
+from cs336_alignment.datasets import load_examples
+from cs336_alignment.datasets.arithmetic import make_problems, r1_response, save_problems
+from cs336_alignment.engines import SamplingParams, make_engine
+from cs336_alignment.evaluator import EvaluationConfig
+from cs336_alignment.grpo import GrpoConfig, train_grpo
+from cs336_alignment.plots import plot_rewards
+from cs336_alignment.policy_optimizer import OptimizerConfig
+from cs336_alignment.pretrained import load_tokenizer, make_tiny_model
+from cs336_alignment.rollouts import EngineConfig, RolloutConfig
+from cs336_alignment.run_log import read_metrics, write_atomically
+from cs336_alignment.sft import ImitationConfig, SftConfig, train_sft
+from cs336_alignment.training_run import check_at_least_one
+
+PROMPT = "{question} <think>"
+WORKED_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the demo does; the defaults take a few minutes on two cores."""
+
+    run: Path = Path("runs/demo")
+    """Folder for everything the demo makes. The same command resumes what was interrupted."""
+    seed: int = 0
+    """Fixes the problems, the model's first weights, and what is sampled."""
+    sft_examples: int = 6000
+    """Examples to imitate."""
+    sft_epochs: int = 5
+    """How often each is seen."""
+    sft_lr: float = 3e-3
+    """Highest learning rate of the imitation."""
+    grpo_steps: int = 80
+    """Steps of GRPO, each with a batch of rollouts and one update."""
+    rollout_batch_size: int = 256
+    """Responses of a step, in groups of 8."""
+    grpo_lr: float = 5e-4
+    """Learning rate of GRPO."""
+    held_out: int = 512
+    """Problems that are neither imitated nor rewarded, for evaluation."""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(self, "sft_examples", "sft_epochs", "grpo_steps", "rollout_batch_size", "held_out")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Accuracy on the held-out problems at temperature 1, and the mean length of a response in tokens."""
+
+    sft_accuracy: float
+    grpo_accuracy: float
+    sft_length: float
+    grpo_length: float
+
+
+def run_demo(config: DemoConfig) -> DemoResult:
+    """Make problems and a model, let it imitate, reward it, and show what it has learned."""
+    console = Console(highlight=False, soft_wrap=True)
+    run = config.run
+    console.rule("[bold]Small sums, and a model that knows nothing")
+    prepare(config)
+    example = load_examples(run / "data" / "held_out.jsonl")[0]
+    console.print(f"a question: {example.prompt}    its working: {example.solution}    its answer: {example.answer}")
+
+    rollouts = RolloutConfig(
+        prompt=str(run / "data" / "demo.prompt"),
+        stop=("</answer>",),
+        max_tokens=32,
+        grading_workers=1,
+        engine=EngineConfig("transformers"),
+    )
+    common: dict[str, Any] = {"seed": config.seed, "device": "cpu", "precision": "float32", "rollouts": rollouts}
+
+    console.rule(f"[bold]Imitation: {config.sft_examples:,} answers, of which {WORKED_SHARE:.0%} show their working")
+    train_sft(
+        SftConfig(
+            run=run / "sft",
+            model=str(run / "model"),
+            train_data=run / "data" / "sft.jsonl",
+            imitation=ImitationConfig(epochs=config.sft_epochs, batch_size=32, normalize_constant=32.0),
+            optimizer=OptimizerConfig(lr=config.sft_lr, schedule="cosine", warmup_ratio=0.05, microbatch_tokens=8192),
+            evaluation=EvaluationConfig(eval_data=None),
+            checkpoint_every=200,
+            **common,
+        )
+    )
+    imitator = latest_checkpoint(run / "sft")
+
+    console.rule("[bold]Rewards: GRPO on new problems, with nothing to imitate")
+    train_grpo(
+        GrpoConfig(
+            run=run / "grpo",
+            model=str(imitator),
+            train_data=run / "data" / "train.jsonl",
+            n_grpo_steps=config.grpo_steps,
+            rollout_batch_size=config.rollout_batch_size,
+            train_batch_size=config.rollout_batch_size,
+            optimizer=OptimizerConfig(lr=config.grpo_lr, microbatch_tokens=8192),
+            evaluation=EvaluationConfig(
+                eval_data=run / "data" / "held_out.jsonl", eval_examples=None, eval_every=max(1, config.grpo_steps // 8)
+            ),
+            checkpoint_every=10,
+            **common,
+        )
+    )
+    plot_rewards(run / "grpo", run / "rewards.png")
+    result = read_result(run)
+    show(config, result, console)
+    return result
+
+
+def prepare(config: DemoConfig) -> None:
+    """Write the problems, the prompt and the random model, unless an earlier call has."""
+    data = config.run / "data"
+    finished = data / "config.json"
+    settings = {"seed": config.seed, "sft_examples": config.sft_examples, "held_out": config.held_out}
+    if finished.exists():
+        if json.loads(finished.read_text(encoding="utf-8")) != settings:
+            raise ValueError(
+                f"{config.run} holds a demo with other settings; delete it, or choose another folder with --run"
+            )
+        return
+    problems = make_problems(config.sft_examples + 4000, config.seed)
+    imitated, rewarded = problems[: config.sft_examples], problems[config.sft_examples :]
+    save_problems(rewarded, data / "train.jsonl")
+    save_problems(make_problems(config.held_out, config.seed, split="held_out"), data / "held_out.jsonl")
+    write_atomically(data / "demo.prompt", PROMPT)
+    draws = random.Random(config.seed)
+    rows = [
+        {
+            "prompt": PROMPT.replace("{question}", problem.prompt),
+            "response": r1_response(problem, worked=draws.random() < WORKED_SHARE),
+        }
+        for problem in imitated
+    ]
+    write_atomically(data / "sft.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    make_tiny_model(config.run / "model", config.seed, context_length=128, initializer_range=0.08)
+    write_atomically(finished, json.dumps(settings) + "\n")
+
+
+def read_result(run: Path) -> DemoResult:
+    """What the evaluations before the first and after the last update of GRPO say."""
+    evaluations = [record for record in read_metrics(run / "grpo" / "metrics.jsonl") if "eval/reward" in record]
+    first, last = evaluations[0], evaluations[-1]
+    return DemoResult(
+        first["eval/reward"], last["eval/reward"], first["eval/response_length"], last["eval/response_length"]
+    )
+
+
+def show(config: DemoConfig, result: DemoResult, console: Console) -> None:
+    """Print the result, some responses before and after, and where everything is."""
+    run = config.run
+    before, after = latest_checkpoint(run / "sft"), latest_checkpoint(run / "grpo")
+    questions = load_examples(run / "data" / "held_out.jsonl")[:4]
+    answers = [_responses(str(folder), [each.prompt for each in questions], config.seed) for folder in (before, after)]
+    console.rule("[bold]Before and after, on held-out problems")
+    table = Table("question", "answer", "after imitation", "after GRPO")
+    for question, *responses in zip(questions, *answers, strict=True):
+        table.add_row(question.prompt, question.answer, *map(escape, responses))
+    console.print(table)
+    console.print(
+        f"accuracy on {config.held_out} held-out problems, sampled at temperature 1: "
+        f"[bold]{result.sft_accuracy:.1%}[/bold] after imitation, [bold]{result.grpo_accuracy:.1%}[/bold] after GRPO; "
+        f"a response has {result.sft_length:.1f} and {result.grpo_length:.1f} tokens"
+    )
+    console.rule("[bold]Where everything is")
+    for path, what in (
+        ("rewards.png", "reward, accuracy and length against updates"),
+        ("data/", "the problems, and what was imitated"),
+        ("sft/, grpo/", "the runs: metrics.jsonl, generations/ to read, checkpoints/"),
+    ):
+        console.print(f"  {escape(f'{run}/{path}'):<32} {what}")
+    console.print(
+        f"""
+[bold]What to run next[/bold], in assignment5-alignment/
+  ask it:       .venv/bin/cs336-alignment generate "5+1-2+3-1+2 <think>" --engine transformers \\
+                    --model {escape(str(after))}
+  the real one: make data-math (in the folder above), then on a GPU
+                .venv/bin/cs336-alignment fetch-model Qwen/Qwen2.5-Math-1.5B -o models/qwen
+                .venv/bin/cs336-alignment grpo --model models/qwen --gpu-memory-utilization 0.7
+Delete {escape(str(run))} to train this one anew."""
+    )
+
+
+def _responses(model: str, questions: list[str], seed: int) -> list[str]:
+    """What a model says to each question."""
+    engine = make_engine("transformers", model, load_tokenizer(model), "cpu")
+    params = SamplingParams(max_tokens=32, stop=("</answer>",), seed=seed)
+    prompts = [PROMPT.replace("{question}", question) for question in questions]
+    return [completion.text.strip() for (completion,) in engine.generate(prompts, params)]

@@ -1,0 +1,18 @@
+"""Settings for all tests."""
+
+import os
+
+# The tensors here are tiny: threads would only wait for each other. Subprocesses inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Nothing is fetched from a hub, and vLLM runs in this process; both are read when the libraries are imported.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+import torch
+
+torch.set_num_threads(1)
