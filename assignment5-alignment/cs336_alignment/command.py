@@ -37,7 +37,8 @@ def run_command(
         fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except RuntimeError as error:
         torch = sys.modules.get("torch")  # which takes seconds to import, and who has not done so has no such error
-        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+        full = torch is not None and isinstance(error, torch.OutOfMemoryError)
+        if not full and "out of memory" not in str(error).lower():  # as vLLM says it
             raise
         fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); {out_of_memory}")
     except (ValueError, FloatingPointError) as error:

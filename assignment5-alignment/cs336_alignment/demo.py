@@ -76,7 +76,8 @@ def run_demo(config: DemoConfig) -> DemoResult:
     run = config.run
     console.rule("[bold]Small sums, and a model that knows nothing")
     prepare(config)
-    example = load_examples(run / "data" / "held_out.jsonl")[0]
+    held_out = run / "data" / "held_out.jsonl"
+    example = load_examples(held_out)[0]
     console.print(f"a question: {example.prompt}    its working: {example.solution}    its answer: {example.answer}")
 
     rollouts = RolloutConfig(
@@ -96,7 +97,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
             train_data=run / "data" / "sft.jsonl",
             imitation=ImitationConfig(epochs=config.sft_epochs, batch_size=32, normalize_constant=32.0),
             optimizer=OptimizerConfig(lr=config.sft_lr, schedule="cosine", warmup_ratio=0.05, microbatch_tokens=8192),
-            evaluation=EvaluationConfig(eval_data=None),
+            evaluation=EvaluationConfig(eval_data=held_out, eval_examples=None, eval_every=10_000),  # first and last
             checkpoint_every=200,
             **common,
         )
@@ -114,7 +115,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
             train_batch_size=config.rollout_batch_size,
             optimizer=OptimizerConfig(lr=config.grpo_lr, microbatch_tokens=8192),
             evaluation=EvaluationConfig(
-                eval_data=run / "data" / "held_out.jsonl", eval_examples=None, eval_every=max(1, config.grpo_steps // 8)
+                eval_data=held_out, eval_examples=None, eval_every=max(1, config.grpo_steps // 8)
             ),
             checkpoint_every=10,
             **common,

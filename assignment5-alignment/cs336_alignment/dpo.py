@@ -50,8 +50,8 @@ class DpoConfig(TrainingConfig):
     """How strongly the policy is held to the reference: rewards are the log-ratio of their probabilities times it."""
     max_tokens: int | None = None
     """Leave out pairs of which a response, with its prompt, has more tokens. Default: the model's context."""
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, algorithm="rmsprop", gradient_accumulation_steps=32)
-    """How the policy is updated."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, algorithm="rmsprop", microbatch_tokens=8192)
+    """How the policy is updated; a pair counts as both of its responses, with their prompt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

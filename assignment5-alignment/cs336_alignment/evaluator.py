@@ -8,7 +8,7 @@ from pathlib import Path
 from cs336_alignment.data_order import shuffled_indices
 from cs336_alignment.example import Example
 from cs336_alignment.generation_log import log_generations, summarize
-from cs336_alignment.rollouts import RolloutConfig, Rollouts, open_rollouts
+from cs336_alignment.rollouts import POLICY_BYTES, RolloutConfig, Rollouts, open_rollouts
 from cs336_alignment.training_run import TrainingRun, check_at_least_one
 
 
@@ -78,10 +78,18 @@ class Evaluator:
         run.log.write("eval", update, metrics | run.log.take_seconds())
 
 
-def open_rollouts_of(run: TrainingRun, config: RolloutConfig) -> AbstractContextManager[Rollouts]:
-    """Start an engine and a grader for the policy of a run, whose log times them."""
+def open_rollouts_of(
+    run: TrainingRun, config: RolloutConfig, bytes_per_parameter: int = POLICY_BYTES
+) -> AbstractContextManager[Rollouts]:
+    """Start an engine and a grader for the policy of a run, whose log times them; see `open_rollouts`."""
     return open_rollouts(
-        config, run.source, run.config.precision, policy=run.policy, seed=run.config.seed, phase=run.log.phase
+        config,
+        run.source,
+        run.config.precision,
+        policy=run.policy,
+        seed=run.config.seed,
+        bytes_per_parameter=bytes_per_parameter,
+        phase=run.log.phase,
     )
 
 

@@ -22,8 +22,11 @@ from cs336_alignment.masked import masked_normalize
 from cs336_alignment.microbatch import grpo_microbatch_train_step
 from cs336_alignment.policy import Policy, TokenRow, on_mask
 from cs336_alignment.pretrained import load_policy
-from cs336_alignment.rollouts import RolloutConfig, Rollouts
+from cs336_alignment.rollouts import POLICY_BYTES, RolloutConfig, Rollouts
 from cs336_alignment.training_run import TrainingConfig, TrainingRun, check_at_least_one, open_run
+
+#: Of a parameter of the model that the divergence is measured from, which is kept in float32.
+REFERENCE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,11 @@ class GrpoConfig(TrainingConfig):
             raise ValueError("GRPO needs a reward function, but reward is None")
         if self.rollouts.temperature == 0:
             raise ValueError("temperature is 0, but all responses of a group are the same then; choose one above 0")
-        for name in ("advantage_eps", "cliprange", "cliprange_high", "kl_coefficient", "normalize_constant"):
+        for name in ("advantage_eps", "cliprange", "cliprange_high", "kl_coefficient"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative")
+        if self.normalize_constant is not None and not self.normalize_constant > 0:
+            raise ValueError(f"normalize_constant is {self.normalize_constant}, but must be positive")
         self.rollouts.sampling(min_tokens=self.min_tokens)
 
     @property
@@ -144,7 +149,8 @@ def train_grpo(config: GrpoConfig) -> dict[str, float]:
     examples = load_examples(config.train_data)
     questions = load_examples(config.evaluation.eval_data) if config.evaluation.eval_data else []
     check_no_overlap(examples, questions, config.allow_overlap)
-    with open_run(config) as run, open_rollouts_of(run, config.rollouts) as rollouts:
+    memory = POLICY_BYTES + (REFERENCE_BYTES if config.kl_coefficient else 0)
+    with open_run(config) as run, open_rollouts_of(run, config.rollouts, memory) as rollouts:
         evaluator = Evaluator(run, rollouts, questions, config.evaluation, config.rollouts)
         trainer = _Trainer(config, run, rollouts, examples)
         run.log.expect(config.n_grpo_steps * config.updates_per_step)

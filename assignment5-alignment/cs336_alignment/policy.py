@@ -88,10 +88,13 @@ class Policy:
             microbatches: indices into `rows`, each once.
         """
         result: dict[int, Tensor] = {}
+        training = self.model.training
+        self.model.eval()
         for indices in microbatches:
             batch = self.response_log_probs([rows[index] for index in indices], temperature)
             for index, log_probs, mask in zip(indices, batch.log_probs, batch.mask):
                 result[index] = log_probs[mask]
+        self.model.train(training)
         return [result[index] for index in range(len(rows))]
 
     @torch.no_grad()

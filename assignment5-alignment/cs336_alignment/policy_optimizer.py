@@ -44,11 +44,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # nor NaN
                 raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {self.warmup_ratio}, but must be between 0 and 1")
-        if self.max_grad_norm <= 0:
+        if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}, but must be positive; inf clips nothing")
         for name in ("gradient_accumulation_steps", "microbatch_tokens"):
             value = getattr(self, name)

@@ -5,18 +5,19 @@ from contextlib import contextmanager
 
 from cs336_alignment.datasets import parse_gsm8k_response, parse_mmlu_response
 from cs336_alignment.grading import REWARD_FUNCTIONS, Grader, RewardFn
+from cs336_alignment.grading.rewards import rewards
 
 
 def mmlu_reward_fn(response: str, ground_truth: str) -> dict[str, float]:
     """Reward the letter that a response chooses; its format is right if it chooses one."""
     letter = parse_mmlu_response({}, response)
-    return _rewards(letter is not None, letter == ground_truth)
+    return rewards(letter is not None, letter == ground_truth)
 
 
 def gsm8k_reward_fn(response: str, ground_truth: str) -> dict[str, float]:
     """Reward the last number of a response; its format is right if it has one."""
     number = parse_gsm8k_response(response)
-    return _rewards(number is not None, number is not None and _same_number(number, ground_truth))
+    return rewards(number is not None, number is not None and _same_number(number, ground_truth))
 
 
 def _same_number(number: str, truth: str) -> bool:
@@ -24,10 +25,6 @@ def _same_number(number: str, truth: str) -> bool:
         return float(number) == float(truth)
     except ValueError:  # the truth is no number
         return False
-
-
-def _rewards(has_format: bool, correct: bool) -> dict[str, float]:
-    return {"reward": float(correct), "format_reward": float(has_format), "answer_reward": float(correct)}
 
 
 #: What configurations may name.

@@ -21,7 +21,10 @@ from cs336_alignment.rewards import REWARDS, Grade, open_grader
 #: Makes a context manager around a phase of the work, by its name, such as `RunLog.phase`.
 PhaseTimer = Callable[[str], AbstractContextManager[Any]]
 
-CUDA_CONTEXT_BYTES = 2 * 10**9
+#: What else there is: CUDA's own, workspaces, and what PyTorch cannot give back of its reserve.
+OTHER_BYTES = 4 * 10**9
+#: Of a policy that AdamW trains: its value and two moments in float32. (Gradients are gone while vLLM generates.)
+POLICY_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ def open_rollouts(
     *,
     policy: Policy | None = None,
     seed: int = 0,
+    bytes_per_parameter: int = POLICY_BYTES,
     phase: PhaseTimer = nullcontext,
 ) -> Iterator[Rollouts]:
     """Start an engine and a grader.
@@ -163,6 +167,7 @@ def open_rollouts(
         precision: what the engine computes in.
         policy: what is trained meanwhile, if something is.
         seed: of an engine that has a random number generator of its own.
+        bytes_per_parameter: that training keeps on the policy's device while the engine generates.
         phase: see `Rollouts`.
 
     Raises:
@@ -173,7 +178,8 @@ def open_rollouts(
     colocated = policy is not None and policy.device == device
     if policy is not None and colocated and device.type == "cuda" and options.engine == "vllm":
         parameters = sum(parameter.numel() for parameter in policy.model.parameters())
-        check_memory(options.gpu_memory_utilization, parameters, torch.cuda.mem_get_info(device)[1])
+        kept = bytes_per_parameter * parameters + OTHER_BYTES
+        check_memory(options.gpu_memory_utilization, kept, torch.cuda.mem_get_info(device)[1])
     with ExitStack() as stack:
         engine = make_engine(
             options.engine,
@@ -203,18 +209,17 @@ def _device(name: str, policy: Policy | None) -> torch.device:
     return policy.device
 
 
-def check_memory(gpu_memory_utilization: float, parameters: int, gpu_bytes: int) -> None:
+def check_memory(gpu_memory_utilization: float, kept: int, gpu_bytes: int) -> None:
     """Raise a ValueError unless vLLM, when it wakes, has room beside the policy that it shares a GPU with.
 
     Args:
-        parameters: of the policy. Each has its value and two moments in float32; gradients are gone at that time.
+        kept: bytes that are in use there by then.
         gpu_bytes: the GPU's memory.
     """
-    kept = 12 * parameters + CUDA_CONTEXT_BYTES
     if gpu_memory_utilization * gpu_bytes + kept > gpu_bytes:
         highest = max(0.0, math.floor(100 * (1 - kept / gpu_bytes)) / 100)
         raise ValueError(
-            f"gpu_memory_utilization is {gpu_memory_utilization}, but the policy on the same GPU keeps "
+            f"gpu_memory_utilization is {gpu_memory_utilization}, but training on the same GPU keeps "
             f"{kept / 1e9:.0f} of its {gpu_bytes / 1e9:.0f} GB; set it to at most {highest}, or give vLLM a GPU of its "
             "own with --engine-device"
         )

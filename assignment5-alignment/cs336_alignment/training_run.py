@@ -109,6 +109,8 @@ class TrainingRun:
             set_random_state(self._random_state)
         if self.start >= total:
             self.log.console.print(f"{self.config.run} is complete", soft_wrap=True)
+        if self._interrupted():  # while things were made ready, of which there is nothing to keep
+            raise KeyboardInterrupt
         for step in range(self.start + 1, total + 1):
             yield step
             stop_now = self._interrupted()

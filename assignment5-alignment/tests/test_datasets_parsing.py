@@ -138,3 +138,13 @@ def test_long_texts_take_no_time(piece):
     parse_mmlu_response(QUESTION, text)
     parse_gsm8k_response(text)
     assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize(
+    "text", ["The answer" + "\n" * 20_000, "The answer is:" + "\n " * 20_000, "answer: option" + " " * 20_000]
+)
+def test_long_stretches_of_white_space_take_no_time(text):
+    """Each took minutes, and more than linear time, when white space had several ways to match."""
+    started = time.process_time()
+    assert parse_mmlu_response({"options": ["a", "b", "c", "d"]}, text) is None
+    assert time.process_time() - started < 2

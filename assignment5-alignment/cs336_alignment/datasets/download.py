@@ -70,7 +70,7 @@ def download(name: str, folder: Path) -> list[Path]:
         The files, and the folder of an archive's files, as the loaders of this package take them.
 
     Raises:
-        ConnectionError: the Hub cannot be reached, or does not have what it should; running it again goes on.
+        ConnectionError: the Hub cannot be reached, or lacks something; running it again fetches the rest.
         tarfile.TarError: an archive is damaged.
     """
     source = SOURCES[name]

@@ -8,14 +8,15 @@ _LETTERS = "ABCD"
 # No letter of a choice is the beginning of a word, or the article of what follows: "A virus", but "A because ...".
 _LETTER = r"[\"'*(\[{`]*[A-D](?![\w'’])(?!(?<=A)\s+(?!(?:and|as|because|for|is|or|since|which)\b)[a-z])"
 _LETTERS_STATED = rf"({_LETTER}(?:[\"'*)\]}}`]*\s*(?:,|/|&|\bor\b|\band\b)\s*{_LETTER})*)"
+# Possessive quantifiers (*+): white space has no two ways to match, of which a long stretch would make very many.
 #: Where a letter may stand, from what says the most to what says the least.
 _PLACES = (
     re.compile(r"\A\s*(\**[A-D])\**\s*(?:[.:,)]|\n|\Z)"),
-    re.compile(rf"\b(?:[Aa]nswer|ANSWER)\b(?:\s+is)?\s*:?\s*(?:option|choice)?\s*{_LETTERS_STATED}"),
+    re.compile(rf"\b(?:[Aa]nswer|ANSWER)\b(?:\s+is)?\s*+:?\s*+(?:(?:option|choice)\s*+)?{_LETTERS_STATED}"),
     re.compile(r"([(\[{][A-D][)\]}])"),
     re.compile(rf"\b(?:[Oo]ption|[Cc]hoice)\s+{_LETTERS_STATED}"),
 )
-_STATEMENT = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?\s*([^\n]+)", re.IGNORECASE)
+_STATEMENT = re.compile(r"\banswer(?:\s+is|\s*:)\s*+:?\s*+([^\n]+)", re.IGNORECASE)
 
 _NUMBER = re.compile(
     r"(?<![0-9.])"  # not the rest of a number

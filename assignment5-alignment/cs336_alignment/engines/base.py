@@ -31,7 +31,7 @@ class SamplingParams:
     """Fixes the draws of one engine; different engines draw differently."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # nor NaN
             raise ValueError(f"temperature is {self.temperature}, but must not be negative; 0 is greedy")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, but must be above 0 and at most 1")
