@@ -37,6 +37,9 @@ class EngineConfig:
     """Where it generates. auto: in training on the second GPU, if there is one, else where the policy is."""
     gpu_memory_utilization: float = 0.85
     """Share of that GPU's memory which vLLM takes while it generates."""
+    compiled: bool | None = None
+    """Generate with compiled code and CUDA graphs, which takes a minute to prepare. Default: vLLM on a GPU does,
+    transformers does not."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:
@@ -189,6 +192,7 @@ def open_rollouts(
             policy=policy.model if policy else None,
             dtype=getattr(torch, precision),
             gpu_memory_utilization=options.gpu_memory_utilization,
+            compiled=options.compiled,
             seed=seed,
             progress=policy is None and sys.stderr.isatty(),
         )

@@ -32,7 +32,7 @@ class TransformersEngine:
         model_or_path: a model, which is used as it is and where it is, such as the one that is trained: what it
             learns is there at once. Or a folder, which is read for this engine.
         device, dtype: of a model that is read from a folder.
-        compiled: run steps as CUDA graphs of code that torch.compile made. Default: on a GPU. It takes a minute once,
+        compiled: on a GPU, run steps as CUDA graphs of code that torch.compile made. It takes a minute or more once,
             and then some tenths of a second for each new size of batch.
         max_batch_tokens: rows times tokens of a row (prompt and completion) that are generated at once; more are
             spread over several batches. Qwen 2.5 1.5B in bfloat16 needs 28 kB for each: 15 GB for the default.
@@ -47,7 +47,7 @@ class TransformersEngine:
         device: torch.device | str = "cpu",
         *,
         dtype: torch.dtype = torch.float32,
-        compiled: bool | None = None,
+        compiled: bool = False,
         max_batch_tokens: int = 1 << 19,
         max_model_len: int | None = None,
         progress: bool = False,
@@ -58,7 +58,6 @@ class TransformersEngine:
             self._model = load_policy(model_or_path, device, dtype)
         self._tokenizer = tokenizer
         self._device = self._model.device
-        compiled = self._device.type == "cuda" if compiled is None else compiled
         self._compiled = torch.compile(step_logits, dynamic=True) if compiled else None
         self._max_batch_tokens = max_batch_tokens
         config = self._model.config
