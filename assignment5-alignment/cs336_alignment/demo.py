@@ -1,7 +1,7 @@
 """From a random model to one that reasons, in minutes on a laptop: every stage of the package in one program.
 
 A model of 0.1 M parameters learns to answer small sums from examples, three tenths of which show their working. It
-imitates that mixture: most of its answers come at once, and most of those are wrong. Then GRPO rewards what is right,
+imitates that mixture: most of its answers come at once, and many of those are wrong. Then GRPO rewards what is right,
 and within some dozens of updates the model shows its working nearly always, because that is what pays.
 """
 
