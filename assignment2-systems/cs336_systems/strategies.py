@@ -39,7 +39,7 @@ class StrategyOptions:
     """What strategies can be told."""
 
     bucket_size_mb: float | None = None
-    """ddp-bucketed and ddp+sharded-optimizer: MB (2^20 bytes) of gradients in a message. None: by the model's size."""
+    """ddp-bucketed and ddp+sharded-optimizer: MB (2^20 bytes) of gradients in a message. None: they shrink."""
     fused_optimizer: bool = False
     """AdamW in one kernel in place of Assignment 1's, with the same state; not for torch-fsdp2."""
     compute_dtype: torch.dtype | None = None

@@ -38,7 +38,7 @@ class Train:
     fused_optimizer: bool = gpu_or_cpu(True, False)
     """AdamW in one kernel in place of Assignment 1's; needs a GPU. Not for torch-fsdp2."""
     bucket_size_mb: float | None = None
-    """ddp-bucketed, ddp+sharded-optimizer: MB (2^20 bytes) of gradients in a message. None: by the model's size."""
+    """ddp-bucketed, ddp+sharded-optimizer: MB (2^20 bytes) of gradients in a message. None: they shrink."""
     backend: Backend = "auto"
     """nccl between GPUs, gloo between CPUs; auto chooses."""
     timeout_s: float = 600.0
