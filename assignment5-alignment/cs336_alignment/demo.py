@@ -191,7 +191,7 @@ def show(config: DemoConfig, result: DemoResult, console: Console) -> None:
     console.print(
         f"""
 [bold]What to run next[/bold], in assignment5-alignment/
-  ask it:       .venv/bin/cs336-alignment generate 5+1-2+3-1+2 --engine transformers \\
+  ask it:       .venv/bin/cs336-alignment generate 5+1-2+3-1+2 --engine transformers --stop "</answer>" \\
                     --prompt {escape(str(run))}/data/demo.prompt --model {escape(str(after))}
   the real one: make data-math (in the folder above), then on a GPU
                 .venv/bin/cs336-alignment fetch-model Qwen/Qwen2.5-Math-1.5B -o models/qwen
