@@ -3,7 +3,8 @@
 The course's naive_ddp_benchmarking, minimal_ddp_flat_benchmarking, ddp_overlap_individual_parameters_benchmarking and
 ddp_bucketed_benchmarking. All variants run in one set of processes, in several rounds, so that all of them meet a
 warm or a busy minute. The floor is the variant "none", in which processes do not talk: what a step takes longer than
-there is communication that computation does not hide.
+there is communication that computation does not hide. Processes that exchange gradients also wait for each other, which
+has a price where their steps vary; the floor for that is "none", each step as long as its slowest process (`paced`).
 """
 
 import statistics
@@ -82,7 +83,7 @@ class BenchDdp(ParallelMeasurement):
         file = self.result_file(what, device, **settings)
         rows = self.start(measure_ddp, device, self, config, cases, file)
         for title, columns in (
-            (what, ("step_ms", "std_ms", "drift_%", "exposed_ms", "exposed_%", "tok/s")),
+            (what, ("step_ms", "std_ms", "drift_%", "exposed_ms", "exposed_%", "paced_ms", "beyond_paced_%", "tok/s")),
             ("its parts, bytes sent (predicted), memory", (*PARTS, "sent_MB", "peak_GB")),
             ("one profiled step of process 0", OVERLAP if self.trace else ()),
         ):
@@ -202,8 +203,9 @@ def _derived(options: BenchDdp, row: Row, rounds: list[float]) -> Row:
 
 def _compare_with_floor(rows: list[Row]) -> None:
     """Exposed communication: what a step takes longer than one without any."""
-    floor = next((row["step_ms"] for row in rows if row["variant"] == "none" and "step_ms" in row), None)
+    floor = next((row for row in rows if row["variant"] == "none" and "step_ms" in row), None)
     for row in rows:
         if floor is not None and "step_ms" in row and row["variant"] != "none":
-            row["exposed_ms"] = row["step_ms"] - floor
+            row["exposed_ms"] = row["step_ms"] - floor["step_ms"]
             row["exposed_%"] = 100 * row["exposed_ms"] / row["step_ms"]
+            row["beyond_paced_%"] = 100 * (row["paced_ms"] / floor["paced_ms"] - 1)

@@ -361,12 +361,17 @@ def progress_of(process: Process, total: int) -> AbstractContextManager[Callable
 
 
 def summary(times: Sequence[Sequence[StepTimes]]) -> Row:
-    """Times of the slowest process: of each process there are those of all steps."""
+    """Times of the slowest process: of each process there are those of all steps.
+
+    `paced_ms` takes the slowest process of every single step instead. That is what processes would need that exchange
+    nothing but wait for each other: on a host where steps vary, more than any one of them.
+    """
     slowest = max(times, key=lambda steps: statistics.median(step.step for step in steps))
     whole = [step.step for step in slowest]
     medians = StepTimes(*(statistics.median(column) for column in zip(*slowest)))
     return {
         "step_ms": medians.step,
+        "paced_ms": statistics.median(max(step.step for step in of_step) for of_step in zip(*times)),
         "mean_ms": statistics.fmean(whole),
         "std_ms": statistics.stdev(whole) if len(whole) > 1 else 0.0,
         "forward_backward_ms": medians.forward_backward,

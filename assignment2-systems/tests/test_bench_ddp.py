@@ -50,6 +50,7 @@ def test_exposed_communication_is_what_exceeds_the_floor(record):
     for row in others:
         assert row["exposed_ms"] == pytest.approx(row["step_ms"] - floor["step_ms"])
         assert row["exposed_%"] == pytest.approx(100 * row["exposed_ms"] / row["step_ms"])
+        assert row["beyond_paced_%"] == pytest.approx(100 * (row["paced_ms"] / floor["paced_ms"] - 1))
 
 
 def test_overlap(record, result):

@@ -166,10 +166,16 @@ def test_the_slowest_process_counts():
     fast = [StepTimes(1.0, 0.5, 0.25, 0.125)] * 3
     slow = [StepTimes(float(step), 1.0, 2.0, 3.0) for step in (4, 9, 5)]
     assert summary([fast, slow]) == {
-        "step_ms": 5, "mean_ms": 6, "std_ms": statistics.stdev([4, 9, 5]),
+        "step_ms": 5, "paced_ms": 5, "mean_ms": 6, "std_ms": statistics.stdev([4, 9, 5]),
         "forward_backward_ms": 1, "after_backward_ms": 2, "optimizer_ms": 3,
     }  # fmt: skip
     assert summary([fast[:1]])["std_ms"] == 0
+
+
+def test_paced_steps_are_as_long_as_their_slowest_process():
+    one, other = ([StepTimes(step, 0.0, 0.0, 0.0) for step in steps] for steps in ((5.0, 1.0, 1.0), (1.0, 4.0, 3.0)))
+    assert summary([one, other])["step_ms"] == 3
+    assert summary([one, other])["paced_ms"] == 4
 
 
 def test_largest():

@@ -73,12 +73,13 @@ class Work:
         )
 
 
-def make_model(shape: str, folder: Path, dtype: torch.dtype) -> Path:
+def make_model(shape: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Path:
     tokenizer = byte_tokenizer()
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     torch.manual_seed(0)
     config = Qwen2Config(**SHAPES[shape], **ends, max_position_embeddings=4096, tie_word_embeddings=True)
-    model: Any = Qwen2ForCausalLM(config)
+    with device:  # a CPU takes a minute for the random numbers of a billion weights
+        model: Any = Qwen2ForCausalLM(config)
     save_policy(model.to(dtype), tokenizer, folder)
     return folder
 
@@ -118,10 +119,14 @@ def timed(run: Callable[[list[str], SamplingParams], int], work: Work, job: str)
 
 
 def speed_rows(job: str, work: Work, candidates: dict[str, Callable], repeats: int) -> list[dict]:
-    first = {who: timed(run, work, job)[0] for who, run in candidates.items()}
+    first: dict[str, float] = {}
+    for who, run in candidates.items():
+        first[who] = timed(run, work, job)[0]
+        print(f"{job}: the first call of {who} took {first[who]:.1f} s", flush=True)
     speeds: dict[str, list[float]] = {who: [] for who in candidates}
     for _, (who, run) in itertools.product(range(repeats), candidates.items()):
         speeds[who].append(timed(run, work, job)[1])
+        print(f"{job}: {who} {speeds[who][-1]:.0f} tokens/s", flush=True)
     return [
         {
             "job": job,
@@ -161,6 +166,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="candidates to leave out")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.5, help="vLLM's; the others share the GPU")
     parser.add_argument("--out", type=Path, help="the result; default: results/engines_DEVICE.json")
     options = parser.parse_args()
@@ -171,7 +177,7 @@ def main() -> None:
     ]
     work = Work(prompts, options.samples, options.max_tokens)
     with tempfile.TemporaryDirectory() as temporary:
-        path = options.model or make_model(options.shape, Path(temporary) / "model", dtype)
+        path = options.model or make_model(options.shape, Path(temporary) / "model", device, dtype)
         tokenizer, engines = load_tokenizer(path), dict[str, Any]()
         settings = {"dtype": dtype, "gpu_memory_utilization": options.gpu_memory_utilization}
         try:  # vLLM first: it wants the memory that it is promised to be free
@@ -194,6 +200,9 @@ def main() -> None:
         engines |= vllm
         rows = agreement_rows(work, engines)
         candidates = {who: counted(engine.generate) for who, engine in engines.items()} | baselines
+        if unknown := set(options.without) - candidates.keys():
+            parser.error(f"there is no candidate {unknown.pop()!r} to leave out; there are {', '.join(candidates)}")
+        candidates = {who: run for who, run in candidates.items() if who not in options.without}
         for job in ("full", "ragged"):
             rows += speed_rows(job, work, candidates, options.repeats)
         for engine in engines.values():
