@@ -198,17 +198,19 @@ def main() -> None:
                 model, tokenizer, cache_implementation="static"
             )
         engines |= vllm
-        rows = agreement_rows(work, engines)
+        known = [*engines, *baselines]
+        if unknown := set(options.without) - set(known):
+            parser.error(f"there is no candidate {unknown.pop()!r} to leave out; there are {', '.join(known)}")
+        for who in options.without:
+            engines.pop(who, None), baselines.pop(who, None)
+        rows = agreement_rows(work, engines) if len(engines) > 1 else []
         candidates = {who: counted(engine.generate) for who, engine in engines.items()} | baselines
-        if unknown := set(options.without) - candidates.keys():
-            parser.error(f"there is no candidate {unknown.pop()!r} to leave out; there are {', '.join(candidates)}")
-        candidates = {who: run for who, run in candidates.items() if who not in options.without}
         for job in ("full", "ragged"):
             rows += speed_rows(job, work, candidates, options.repeats)
         for engine in engines.values():
             engine.close()
     what = (
-        f"rollouts of {options.model or options.shape} in {options.dtype}: {options.prompts} prompts of some 60 bytes, "
+        f"rollouts of {options.model.name if options.model else options.shape} in {options.dtype}: {options.prompts} prompts of some 60 bytes, "
         f"{options.samples} completions each, at most {options.max_tokens} tokens, {torch.get_num_threads()} threads"
     )
     record = {"what": what, **environment(device), "rows": rows}

@@ -1,5 +1,6 @@
 """The transformers engine against transformers' own `generate`, and against the model's forward pass."""
 
+import jaxtyping
 import pytest
 import torch
 from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
@@ -303,7 +304,8 @@ def test_make_engine_shares_a_policy_that_fits(folder, model, tokenizer):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_cuda_graphs_change_nothing(folder, tokenizer):
+def test_cuda_graphs_change_nothing(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # torch.compile traces tensors without types
     model = load_policy(folder, "cuda")
     plain, graphs = (TransformersEngine(model, tokenizer, compiled=compiled) for compiled in (False, True))
     for params in (
