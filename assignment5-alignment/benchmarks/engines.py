@@ -210,7 +210,8 @@ def main() -> None:
         for engine in engines.values():
             engine.close()
     what = (
-        f"rollouts of {options.model.name if options.model else options.shape} in {options.dtype}: {options.prompts} prompts of some 60 bytes, "
+        f"rollouts of {options.model.name if options.model else options.shape} in {options.dtype}: "
+        f"{options.prompts} prompts of some 60 bytes, "
         f"{options.samples} completions each, at most {options.max_tokens} tokens, {torch.get_num_threads()} threads"
     )
     record = {"what": what, **environment(device), "rows": rows}

@@ -64,6 +64,7 @@ def generate(config: GenerateConfig) -> None:
         resolve_device(config.engine.engine_device),
         dtype=getattr(torch, config.precision),
         gpu_memory_utilization=config.engine.gpu_memory_utilization,
+        compiled=config.engine.compiled,
         progress=sys.stderr.isatty(),
     )
     with closing(engine):

@@ -38,8 +38,8 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.85
     """Share of that GPU's memory which vLLM takes while it generates."""
     compiled: bool | None = None
-    """Generate with compiled code and CUDA graphs, which takes a minute to prepare. Default: vLLM on a GPU does,
-    transformers does not."""
+    """Generate with compiled code and CUDA graphs, which take up to a minute to prepare and then are several times
+    as fast. Default: on a GPU."""
 
     def __post_init__(self) -> None:
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -196,7 +197,7 @@ def environment(device: torch.device) -> dict[str, str | None]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0].removesuffix("/__main__.py")).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0].removesuffix("/__main__.py")).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         **{name: _version(name) for name in packages},
         "device": torch.cuda.get_device_name(device)

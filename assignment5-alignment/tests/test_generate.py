@@ -48,6 +48,18 @@ def test_greedy_text_is_the_models(config, model, capsys):
     assert captured.err == "(cut short after 5 tokens)\n"
 
 
+def test_options_of_the_engine_reach_it(config, model, monkeypatch):
+    asked = {}
+
+    def record(*_, **options):
+        asked.update(options)
+        return scripted_engine.ScriptedEngine(load_tokenizer(model), lambda prompt, sample: prompt)
+
+    monkeypatch.setattr("cs336_alignment.generate.make_engine", record)
+    generate(replace(config, engine=EngineConfig("vllm", "cpu", gpu_memory_utilization=0.5, compiled=False)))
+    assert (asked["gpu_memory_utilization"], asked["compiled"]) == (0.5, False)
+
+
 def test_the_seed_fixes_the_draws(config, capsys):
     texts = []
     for seed in (1, 1, 2, None, None):

@@ -302,6 +302,21 @@ def test_make_engine_shares_a_policy_that_fits(folder, model, tokenizer):
     assert shared.generate(PROMPTS, params) != before[1]
 
 
+@pytest.mark.parametrize(("device", "asked", "compiled"), [
+    ("cpu", None, False), ("cuda", None, True), ("cuda", False, False), ("cpu", True, True),
+])  # fmt: skip
+def test_generation_is_compiled_on_a_gpu_unless_told_otherwise(folder, tokenizer, monkeypatch, device, asked, compiled):
+    made = []
+
+    def record(*_, **options):
+        made.append(options["compiled"])
+        return TransformersEngine(folder, tokenizer)
+
+    monkeypatch.setattr("cs336_alignment.engines.TransformersEngine", record)
+    make_engine("transformers", folder, tokenizer, device, compiled=asked)
+    assert made == [compiled]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_cuda_graphs_change_nothing(folder, tokenizer, monkeypatch):

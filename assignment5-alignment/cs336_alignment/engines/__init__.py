@@ -38,7 +38,7 @@ def make_engine(
             memory in `sleep` if the policy is on the same device.
         dtype: that the engine computes in.
         gpu_memory_utilization, seed: see `VllmEngine`.
-        compiled: compile the model and record CUDA graphs. Default: on a GPU for the vllm engine, else not.
+        compiled: compile the model and record CUDA graphs. Default: on a GPU.
 
     Raises:
         ValueError: vLLM is asked for but not installed, or the engine cannot run the model.
@@ -52,7 +52,7 @@ def make_engine(
             tokenizer,
             device,
             dtype=dtype,
-            compiled=bool(compiled),
+            compiled=device.type == "cuda" if compiled is None else compiled,
             max_model_len=max_model_len,
             progress=progress,
         )
