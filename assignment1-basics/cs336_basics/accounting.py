@@ -5,12 +5,24 @@ Only matrix products are counted in FLOPs: everything else is below a percent of
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from cs336_basics.model import ModelConfig
 
 #: AdamW's arithmetic per parameter and step: m takes 3 operations, v takes 4, the square root, + ε, m / (...),
 #: · α and θ - ... take 5, and the decay θ - α λ θ takes 2.
 ADAMW_FLOPS_PER_PARAMETER = 14
+
+#: Dense matrix products per second, in FLOP/s, as the makers' data sheets have them:
+#: part of a device's name -> (bfloat16, TF32).
+PEAK_FLOPS = {
+    "H200": (989e12, 495e12),
+    "H100 PCIe": (756e12, 378e12),
+    "H100": (989e12, 495e12),
+    "A100": (312e12, 156e12),
+    "L40S": (362e12, 183e12),
+    "RTX 4090": (165e12, 83e12),
+}
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,25 @@ def training_days(
     """Days that training takes on hardware of that peak rate, of which `utilisation` is reached."""
     total = steps * (training_flops(config, batch_size) + adamw_step_flops(config))
     return total / (flops_per_second * utilisation) / 86_400
+
+
+def peak_flops(device_name: str, precision: Literal["float32", "bfloat16"]) -> float | None:
+    """The rate of `PEAK_FLOPS` that a training run on this device is measured against; None if it is not known.
+
+    float32 means TF32 there, which `train` allows.
+    """
+    for part, (bfloat16, tf32) in PEAK_FLOPS.items():
+        if all(word in device_name for word in part.split()):
+            return bfloat16 if precision == "bfloat16" else tf32
+    return None
+
+
+def model_flops_utilisation(config: ModelConfig, tokens_per_second: float, peak: float) -> float:
+    """Share of the peak rate that goes into the model's matrix products (MFU; Chowdhery et al. 2022, appendix B).
+
+    Attention counts over all pairs of positions, recomputed activations do not count.
+    """
+    return tokens_per_second * training_flops(config) / config.context_length / peak
 
 
 def _ffn_matrices(config: ModelConfig) -> int:

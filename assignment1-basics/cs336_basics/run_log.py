@@ -102,6 +102,7 @@ class RunLog:
             "valid_loss": "valid {:.3f}",
             "lr": "lr {:.1e}",
             "tokens_per_second": "{:,.0f} tok/s",
+            "mfu": "MFU {:.0%}",
         }
         return "  ".join(form.format(self.latest[key]) for key, form in shown.items() if key in self.latest)
 

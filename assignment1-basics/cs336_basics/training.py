@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cs336_basics.accounting import model_flops_utilisation, peak_flops
 from cs336_basics.data import check_length, open_tokens, windows_at
 from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
 from cs336_basics.nn_utils import cross_entropy
@@ -215,6 +216,10 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self.loss = torch.compile(cross_entropy) if self.config.compile else cross_entropy
+        device = self.strategy.device
+        self.peak_flops = None
+        if device.type == "cuda":
+            self.peak_flops = peak_flops(torch.cuda.get_device_name(device), self.config.precision)
 
     def run(self, start: int, log: RunLog | None) -> dict[str, float]:
         config = self.config
@@ -278,6 +283,10 @@ class _Loop:
         norms = torch.stack([norm for *_, norm in pending]).tolist()
         elapsed += time.perf_counter() - started
         tokens_per_step = self.config.batch_size * self.config.model.context_length
+        speed = {"tokens_per_second": round(len(pending) * tokens_per_step / elapsed, 1)}
+        if self.peak_flops:
+            per_device = speed["tokens_per_second"] / self.strategy.world_size
+            speed["mfu"] = round(model_flops_utilisation(self.config.model, per_device, self.peak_flops), 4)
         records = []
         for (step, lr, *_), loss, norm in zip(pending, losses, norms, strict=True):
             self.seconds += elapsed / len(pending)
@@ -289,7 +298,7 @@ class _Loop:
                     "grad_norm": norm,
                     "tokens": step * tokens_per_step,
                     "seconds": round(self.seconds, 3),
-                    "tokens_per_second": round(len(pending) * tokens_per_step / elapsed, 1),
+                    **speed,
                 }
             )
         return records
@@ -376,10 +385,14 @@ def evaluate(
     total = torch.zeros((), device=strategy.device)
     was_training = model.training
     model.eval()
+    batch_size = min(batch_size, -(-count // strategy.world_size))
     for round_ in range(-(-count // (batch_size * strategy.world_size))):  # as many on every process: they may wait
         part = mine[round_ * batch_size : (round_ + 1) * batch_size]
-        inputs, targets = windows_at(tokens, part if len(part) else starts[:1], context_length, strategy.device)
-        total += cross_entropy(model(inputs), targets).float() * len(part)
+        # One shape for all, the last one filled up, because a compiled model is compiled anew for another shape.
+        inputs, targets = windows_at(tokens, np.resize(part, batch_size), context_length, strategy.device)
+        logits = model(inputs)
+        if len(part):
+            total += cross_entropy(logits[: len(part)], targets[: len(part)]).float() * len(part)
     model.train(was_training)
     return (strategy.reduce_mean(total) * strategy.world_size / count).item()
 

@@ -77,3 +77,23 @@ def test_training_time():
     assert accounting.training_days(SMALL, batch, steps, 1e9, utilisation=0.25) == pytest.approx(
         flops / (0.25e9 * 86_400)
     )
+
+
+def test_utilisation_is_a_share_of_the_peak():
+    config = dataclasses.replace(SMALL, context_length=20)
+    flops_of_a_token = 3 * accounting.forward_flops(config, batch_size=1) / 20
+    assert accounting.model_flops_utilisation(config, 100, peak=1000 * flops_of_a_token) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("device", "bfloat16", "tf32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 495e12),
+        ("NVIDIA H100 PCIe", 756e12, 378e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12, 156e12),
+    ],
+)
+def test_peaks_of_devices(device, bfloat16, tf32):
+    assert accounting.peak_flops(device, "bfloat16") == bfloat16
+    assert accounting.peak_flops(device, "float32") == tf32
+    assert accounting.peak_flops("a device that is not in the table", "bfloat16") is None

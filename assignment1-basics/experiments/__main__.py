@@ -1,0 +1,28 @@
+"""`python -m experiments <problem>`: run the experiments of a written problem."""
+
+from typing import Annotated
+
+from tyro.conf import subcommand
+
+from cs336_basics.command import run_command
+from experiments.models import TrainModels
+from experiments.samples import Samples
+from experiments.throughput import Throughput
+from experiments.tokenizer_experiments import TokenizerExperiments
+from experiments.train_bpe import TrainBPE
+
+Command = (
+    Annotated[TrainBPE, subcommand("train-bpe")]
+    | Annotated[TokenizerExperiments, subcommand("tokenizer-experiments")]
+    | Annotated[Throughput, subcommand("throughput")]
+    | Annotated[TrainModels, subcommand("train-models")]
+    | Annotated[Samples, subcommand("samples")]
+)
+
+if __name__ == "__main__":
+    run_command(
+        Command,
+        "experiments",
+        interrupted="finished runs are kept, and the same command goes on",
+        out_of_memory="run fewer processes at once with --workers",
+    )
