@@ -67,7 +67,7 @@ def _train(corpus: Path, size: int) -> tuple[dict[str, Any], Tokenizer]:
         counts = {bytes.fromhex(pretoken): int(count) for pretoken, count in pairs}
         counted = time.perf_counter()
         vocab, merges = train_bpe_from_counts(counts, size, [END_OF_TEXT])
-        what = {"pre-tokens": sum(counts.values()), "distinct pre-tokens": len(counts)}
+        what: dict[str, float] = {"pre-tokens": sum(counts.values()), "distinct pre-tokens": len(counts)}
     else:
         vocab, merges, counted = _train_on_text(corpus, size)
         what = {"MB": corpus.stat().st_size / 1e6}
