@@ -5,6 +5,8 @@ from typing import Annotated
 from tyro.conf import subcommand
 
 from cs336_basics.command import run_command
+from experiments.accounting_tables import AccountingTables
+from experiments.learning_rate_tuning import LearningRateTuning
 from experiments.models import TrainModels
 from experiments.samples import Samples
 from experiments.throughput import Throughput
@@ -14,6 +16,8 @@ from experiments.train_bpe import TrainBPE
 Command = (
     Annotated[TrainBPE, subcommand("train-bpe")]
     | Annotated[TokenizerExperiments, subcommand("tokenizer-experiments")]
+    | Annotated[LearningRateTuning, subcommand("learning-rate-tuning")]
+    | Annotated[AccountingTables, subcommand("accounting")]
     | Annotated[Throughput, subcommand("throughput")]
     | Annotated[TrainModels, subcommand("train-models")]
     | Annotated[Samples, subcommand("samples")]

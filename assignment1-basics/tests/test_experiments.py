@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from experiments import models, sweep, throughput
+from experiments.accounting_tables import AccountingTables
+from experiments.learning_rate_tuning import LearningRateTuning
 from experiments.results import read_result
 from experiments.samples import SETTINGS, Samples
 from experiments.sweep import Run, measured, run_all
@@ -147,3 +149,25 @@ def test_samples(data, tmp_path, config):
     assert {row["run"] for row in rows} == {"problem/run"}
     assert all(row["tokens"] <= 5 for row in rows)
     assert len({row["text"] for row in rows}) > 1
+
+
+def test_toy_descent_is_the_recurrence(tmp_path):
+    """The gradient of the mean of 100 squares is w / 50, so that each step multiplies the weights."""
+    LearningRateTuning((10.0, 1000.0), steps=4, out=tmp_path).execute()
+    for row in read_result("learning_rate_tuning", tmp_path)["rows"]:
+        expected = row["losses"][0]
+        for step, loss in enumerate(row["losses"]):
+            assert loss == pytest.approx(expected, rel=1e-5)
+            expected *= (1 - row["lr"] / 50 / (step + 1) ** 0.5) ** 2
+
+
+def test_accounting_of_xl(tmp_path):
+    AccountingTables(out=tmp_path).execute()
+    result = read_result("accounting", tmp_path)
+    xl = result["models"]["gpt2-xl"]
+    assert xl["parameters"] == 2_127_057_600
+    assert sum(xl["matmuls"].values()) == xl["forward_flops"]
+    assert sum(result["xl_long_context"]["shares"].values()) == pytest.approx(1)
+    fixed, each = (result["xl_training"][key] for key in ("fixed_bytes", "activation_bytes_per_sequence"))
+    batch = result["xl_training"]["largest_batch"]
+    assert fixed + batch * each <= 80e9 < fixed + (batch + 1) * each
