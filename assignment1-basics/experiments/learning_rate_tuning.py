@@ -34,6 +34,6 @@ class LearningRateTuning:
                 losses.append(loss.item())
                 (gradient,) = torch.autograd.grad(loss, weights)
                 with torch.no_grad():
-                    weights -= lr / math.sqrt(step + 1) * gradient
+                    weights.sub_(gradient, alpha=lr / math.sqrt(step + 1))
             rows.append({"lr": lr, "losses": losses})
         write_result("learning_rate_tuning", "SGD on a toy", {"rows": rows}, self.out)
