@@ -28,7 +28,7 @@ unexport VIRTUAL_ENV CONDA_PREFIX
 # What Assignment 5 can fetch: python -m cs336_alignment.datasets.download NAME
 DATA_SETS := math gsm8k svamp mmlu hh alpaca-eval simple-safety-tests
 
-.PHONY: help setup demo demo-rl test lint format course-tests data-tinystories data-owt $(DATA_SETS:%=data-%) lock clean
+.PHONY: help setup demo demo-rl test writeups lint format course-tests data-tinystories data-owt $(DATA_SETS:%=data-%) lock clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,9 +41,13 @@ demo: $(BASICS)/.venv/.synced ## train a tokenizer and a language model in minut
 demo-rl: $(SYNCED_$(ALIGNMENT)) ## teach a tiny model arithmetic: format by examples, then rewards (GRPO), in minutes
 	@cd $(ALIGNMENT) && $(RUN) cs336-alignment demo
 
-test: setup ## run the CPU tests of every package
+test: setup .venv/.synced ## run the CPU tests of every package
 	@$(BASICS)/.venv/bin/python -m pytest -q tools/tests
 	@for package in $(PACKAGES); do (cd $$package && $(RUN) pytest -q) || exit 1; done
+
+writeups: $(BASICS)/.venv/.synced .venv/.synced ## build writeup1.pdf from results/
+	@cd $(BASICS) && $(RUN) python -m experiments figures
+	@.venv/bin/python tools/build_writeups.py
 
 lint: setup .venv/.synced ## check style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -6,6 +6,7 @@ from tyro.conf import subcommand
 
 from cs336_basics.command import run_command
 from experiments.accounting_tables import AccountingTables
+from experiments.figures import Figures
 from experiments.learning_rate_tuning import LearningRateTuning
 from experiments.models import TrainModels
 from experiments.samples import Samples
@@ -21,6 +22,7 @@ Command = (
     | Annotated[Throughput, subcommand("throughput")]
     | Annotated[TrainModels, subcommand("train-models")]
     | Annotated[Samples, subcommand("samples")]
+    | Annotated[Figures, subcommand("figures")]
 )
 
 if __name__ == "__main__":

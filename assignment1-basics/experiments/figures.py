@@ -1,0 +1,171 @@
+"""The figures of the write-up, drawn from `results/` in one style, as SVG that is the same at every call."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from cycler import cycler
+
+matplotlib.use("Agg")  # files only: no display is needed
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from experiments.results import RESULTS, read_result
+
+STYLE: Any = {
+    "font.family": "serif",
+    "font.serif": ["DejaVu Serif"],
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.prop_cycle": cycler(
+        color=["#1b6ca8", "#d1495b", "#3a7d44", "#e0a030", "#6c4f8c", "#555555", "#2aa198", "#a0522d"]
+    ),
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "lines.linewidth": 1.3,
+    "svg.hashsalt": "cs336",  # the names inside an SVG are random otherwise
+    "svg.fonttype": "path",
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Draw all figures."""
+
+    out: Path = Path("writeup/figures")
+    """Folder of the SVG files."""
+    results: Path = RESULTS
+    """Folder of the results."""
+
+    def execute(self) -> None:
+        """Draw."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with plt.rc_context(STYLE):
+            for name, draw in FIGURES.items():
+                figure = draw(self.results)
+                figure.savefig(self.out / f"{name}.svg", metadata={"Date": None})
+                plt.close(figure)
+
+
+def _rows(problem: str, results: Path) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in read_result(problem, results)["rows"]}
+
+
+def _panels(count: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(1, count, figsize=(6.6, height), layout="constrained", squeeze=False)
+    return figure, [*axes[0]]
+
+
+def _curves(axes: Axes, rows: dict[str, dict[str, Any]], kind: str, smooth: bool = False) -> None:
+    for label, row in rows.items():
+        if kind == "valid_loss":
+            per_step = row["config"]["batch_size"] * row["config"]["model"]["context_length"]
+            x, y = [step * per_step for step in row["valid_curve"]["step"]], row["valid_curve"]["valid_loss"]
+        else:
+            x, y = row["curve"]["tokens"], row["curve"]["loss"]
+        axes.plot(x, y, label=label)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("tokens")
+
+
+def token_budget(results: Path) -> Figure:
+    """Validation and training loss for four lengths of training."""
+    figure, (valid, train) = _panels(2)
+    rows = _rows("token_budget", results)
+    _curves(valid, rows, "valid_loss")
+    _curves(train, rows, "loss")
+    valid.set(ylabel="validation loss", ylim=(2.1, 4.6))
+    train.set(ylabel="training loss", ylim=(0, 4.6))
+    valid.legend(title="a whole schedule of")
+    return figure
+
+
+def learning_rate(results: Path) -> Figure:
+    """Curves of the sweep, and where they end against the learning rate."""
+    figure, (curves, ends) = _panels(2)
+    rows = _rows("learning_rate", results)
+    finished = {name: row for name, row in rows.items() if row["status"] == "finished"}
+    diverged = {name: row for name, row in rows.items() if row["status"] != "finished"}
+    _curves(curves, finished, "loss")
+    for row in diverged.values():
+        curves.plot(row["curve"]["tokens"], row["curve"]["loss"], color="#999999", linewidth=0.9)
+    curves.set(ylabel="training loss", ylim=(1, 9.5))
+    curves.legend(ncols=2)
+    lrs = [row["config"]["optimizer"]["lr"] for row in finished.values()]
+    ends.semilogx(lrs, [row["valid_loss"] for row in finished.values()], marker="o", label="validation")
+    ends.semilogx(lrs, [row["train_loss"] for row in finished.values()], marker="s", label="training")
+    edge = min(row["config"]["optimizer"]["lr"] for row in diverged.values())
+    ends.axvspan(edge, 1, color="#d1495b", alpha=0.12, linewidth=0)
+    ends.text(math.sqrt(edge), 3.0, "diverges", color="#d1495b", ha="center")
+    ends.set(xlabel="highest learning rate", ylabel="loss at the end", xlim=(7e-5, 1))
+    ends.legend(loc="lower right")
+    return figure
+
+
+def ablations(results: Path) -> Figure:
+    """Validation against training loss of every run, which tells fitting from generalising."""
+    figure, (points, curves) = _panels(2)
+    rows = _rows("ablations", results)
+    for kind in ("baseline", "post-norm", "NoPE", "SiLU"):
+        ends = [row for name, row in rows.items() if name.startswith(f"{kind}, seed") and row["valid_loss"] < 4]
+        points.scatter([row["train_loss"] for row in ends], [row["valid_loss"] for row in ends], s=16, label=kind)
+    points.set(xlabel="training loss", ylabel="validation loss")
+    points.legend()
+    shown = {
+        "baseline": "baseline, seed 0",
+        "post-norm, seed 1": "post-norm, seed 1",
+        "post-norm, seed 0": "post-norm, seed 0",
+        "no norm": "no norm, seed 0",
+        "no norm, rate 0.001": "no norm, lr 0.001",
+    }
+    _curves(curves, {label: rows[name] for label, name in shown.items()}, "loss")
+    curves.set(ylabel="training loss", ylim=(1, 11.5))
+    curves.legend(loc="upper right")
+    return figure
+
+
+def batch_size(results: Path) -> Figure:
+    """Loss against tokens and against time."""
+    figure, (by_tokens, by_time) = _panels(2)
+    rows = _rows("batch_size_experiment", results)
+    _curves(by_tokens, rows, "loss")
+    for name, row in rows.items():
+        by_time.plot(row["curve"]["seconds"], row["curve"]["loss"], label=name)
+    by_tokens.set(ylabel="training loss", ylim=(1, 7))
+    by_time.set(xlabel="seconds of training", ylim=(1, 7))
+    by_tokens.legend()
+    return figure
+
+
+def main_experiment(results: Path) -> Figure:
+    """The same model on two corpora."""
+    figure, (axes,) = _panels(1)
+    small, broad = _rows("token_budget", results)["1250 steps"], _rows("main_experiment", results)["lr 0.004"]
+    _curves(axes, {"TinyStories, training": small, "Wikipedia, training": broad}, "loss")
+    _curves(axes, {"TinyStories, validation": small, "Wikipedia, validation": broad}, "valid_loss")
+    axes.set(ylabel="loss (nats per token)", ylim=(0, 9))
+    axes.legend(ncols=2)
+    return figure
+
+
+def toy_sgd(results: Path) -> Figure:
+    """Loss against the step for each learning rate."""
+    figure, (axes,) = _panels(1, 1.9)
+    for row in read_result("learning_rate_tuning", results)["rows"]:
+        axes.semilogy(row["losses"], marker="o", markersize=3, label=f"{row['lr']:g}")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend(title="learning rate", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {
+    draw.__name__: draw for draw in (token_budget, learning_rate, ablations, batch_size, main_experiment, toy_sgd)
+}
