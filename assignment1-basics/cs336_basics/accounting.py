@@ -57,13 +57,14 @@ class Memory:
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Trainable parameters by component; the values sum to the model's total."""
     d, layers = config.d_model, config.num_layers
+    qk_norms = 2 * d // config.num_heads if config.qk_norm else 0
     block_norms = 0 if config.norm == "none" else 2 * d
     return {
         "token embeddings": config.vocab_size * d,
         "attention": layers * 4 * d * d,
         "feed-forward": layers * _ffn_matrices(config) * d * config.ffn_width,
-        "norms": layers * block_norms + (d if config.norm == "pre" else 0),
-        "language-model head": d * config.vocab_size,
+        "norms": layers * (block_norms + qk_norms) + (d if config.norm == "pre" else 0),
+        "language-model head": 0 if config.tie_embeddings else d * config.vocab_size,
     }
 
 

@@ -16,13 +16,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cs336_basics.nn_utils import silu, softmax
+from cs336_basics.nn_utils import silu, softcap, softmax, squared_relu
 
 #: Causal attention of [... heads seq d_head] queries, keys and values.
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Norm = Literal["pre", "post", "none"]
 Position = Literal["rope", "none"]
-FFN = Literal["swiglu", "silu"]
+FFN = Literal["swiglu", "silu", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ModelConfig:
     """Attention heads per block; d_model / num_heads is the width of a head."""
     d_ff: int | None = None
     """Inner width of the feed-forward network. Default: 8/3 d_model rounded to a multiple of 64 for SwiGLU,
-    4 d_model for SiLU, which have about as many parameters."""
+    4 d_model for the others, which have about as many parameters."""
     rope_theta: float = 10_000.0
     """Base of RoPE's wavelengths."""
     norm: Norm = "pre"
@@ -49,7 +49,13 @@ class ModelConfig:
     position: Position = "rope"
     """Ablation. Rotary position embedding, or none (NoPE)."""
     ffn: FFN = "swiglu"
-    """Ablation. Gated or plain feed-forward network."""
+    """Gated feed-forward network, or a plain one with SiLU or with the square of ReLU."""
+    tie_embeddings: bool = False
+    """The head's matrix is the embeddings' (Press & Wolf 2017)."""
+    qk_norm: bool = False
+    """RMSNorm of every head's queries and keys, before RoPE (Henry et al. 2020; Dehghani et al. 2023)."""
+    logit_softcap: float | None = None
+    """Bound of the logits, which are bent towards it by a tanh (Gemma Team 2024). Default: none."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"):
@@ -59,13 +65,15 @@ class ModelConfig:
             raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
         if self.position == "rope" and self.d_model // self.num_heads % 2:
             raise ValueError(f"RoPE rotates pairs, but a head has odd width {self.d_model // self.num_heads}")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap is {self.logit_softcap}, but must be positive, or None for no bound")
 
     @property
     def ffn_width(self) -> int:
         """`d_ff`, or its default."""
         if self.d_ff is not None:
             return self.d_ff
-        return 4 * self.d_model if self.ffn == "silu" else max(64, round(8 / 3 * self.d_model / 64) * 64)
+        return max(64, round(8 / 3 * self.d_model / 64) * 64) if self.ffn == "swiglu" else 4 * self.d_model
 
 
 class Linear(nn.Module):
@@ -163,18 +171,33 @@ class SwiGLU(nn.Module):
         return self.w2(silu(self.w1(x)) * self.w3(x))
 
 
-class SiLUFeedForward(nn.Module):
-    """W2(SiLU(W1 x)): SwiGLU without its gate, for the ablation."""
+class PlainFeedForward(nn.Module):
+    """W2(f(W1 x)): no gate, and an activation f of one's choice."""
 
     def __init__(
-        self, d_model: int, d_ff: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+        self,
+        d_model: int,
+        d_ff: int,
+        activation: Callable[[Tensor], Tensor],
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.w1 = Linear(d_model, d_ff, device, dtype)
         self.w2 = Linear(d_ff, d_model, device, dtype)
+        self.activation = activation
 
     def forward(self, x: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
-        return self.w2(silu(self.w1(x)))
+        return self.w2(self.activation(self.w1(x)))
+
+
+def feed_forward(
+    kind: FFN, d_model: int, d_ff: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A feed-forward network by its name."""
+    if kind == "swiglu":
+        return SwiGLU(d_model, d_ff, device, dtype)
+    return PlainFeedForward(d_model, d_ff, silu if kind == "silu" else squared_relu, device, dtype)
 
 
 def scaled_dot_product_attention(
@@ -221,6 +244,7 @@ class CausalMultiHeadSelfAttention(nn.Module):
         positional_encoder: turns queries and keys by their positions; None for no positions.
         causal_attention: computes the attention in training, FlashAttention say. Default: this module's
             `scaled_dot_product_attention`, looked up at every call so that it can be replaced.
+        qk_norm: normalise the queries and keys of every head, with gains that heads share.
     """
 
     def __init__(
@@ -231,6 +255,8 @@ class CausalMultiHeadSelfAttention(nn.Module):
         causal_attention: CausalAttention | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -238,6 +264,9 @@ class CausalMultiHeadSelfAttention(nn.Module):
         self.k_proj = Linear(d_model, d_model, device, dtype)
         self.v_proj = Linear(d_model, d_model, device, dtype)
         self.output_proj = Linear(d_model, d_model, device, dtype)
+        d_head = d_model // num_heads
+        self.q_norm = RMSNorm(d_head, device=device, dtype=dtype) if qk_norm else Identity()
+        self.k_norm = RMSNorm(d_head, device=device, dtype=dtype) if qk_norm else Identity()
         self.positional_encoder = positional_encoder
         self.causal_attention = causal_attention
 
@@ -254,6 +283,7 @@ class CausalMultiHeadSelfAttention(nn.Module):
             rearrange(projection(x), "... seq (heads d) -> ... heads seq d", heads=self.num_heads)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.positional_encoder is not None:
             positions_of_heads = token_positions.unsqueeze(-2)
             q = self.positional_encoder(q, positions_of_heads)
@@ -288,6 +318,7 @@ class TransformerBlock(nn.Module):
         *,
         norm: Norm = "pre",
         ffn: FFN = "swiglu",
+        qk_norm: bool = False,
         causal_attention: CausalAttention | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -296,10 +327,10 @@ class TransformerBlock(nn.Module):
         self.post_norm = norm == "post"
         self.ln1 = Identity() if norm == "none" else RMSNorm(d_model, device=device, dtype=dtype)
         self.attn = CausalMultiHeadSelfAttention(
-            d_model, num_heads, positional_encoder, causal_attention, device, dtype
+            d_model, num_heads, positional_encoder, causal_attention, device, dtype, qk_norm=qk_norm
         )
         self.ln2 = Identity() if norm == "none" else RMSNorm(d_model, device=device, dtype=dtype)
-        self.ffn = (SwiGLU if ffn == "swiglu" else SiLUFeedForward)(d_model, d_ff, device, dtype)
+        self.ffn = feed_forward(ffn, d_model, d_ff, device, dtype)
 
     def forward(
         self,
@@ -334,26 +365,33 @@ class BasicsTransformerLM(nn.Module):
         norm: Norm = "pre",
         position: Position = "rope",
         ffn: FFN = "swiglu",
+        tie_embeddings: bool = False,
+        qk_norm: bool = False,
+        logit_softcap: float | None = None,
         causal_attention: CausalAttention | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config = ModelConfig(
-            vocab_size, context_length, d_model, num_layers, num_heads, d_ff, rope_theta, norm, position, ffn
-        )
+            vocab_size, context_length, d_model, num_layers, num_heads, d_ff, rope_theta, norm, position, ffn,
+            tie_embeddings, qk_norm, logit_softcap,
+        )  # fmt: skip
         self.vocab_size, self.context_length = vocab_size, context_length
         self.token_embeddings = Embedding(vocab_size, d_model, device, dtype)
         rope = RotaryEmbedding(context_length, d_model // num_heads, rope_theta, device) if position == "rope" else None
         self.layers = nn.ModuleList(
             TransformerBlock(
                 d_model, num_heads, self.config.ffn_width, rope,
-                norm=norm, ffn=ffn, causal_attention=causal_attention, device=device, dtype=dtype,
+                norm=norm, ffn=ffn, qk_norm=qk_norm,
+                causal_attention=causal_attention, device=device, dtype=dtype,
             )
             for _ in range(num_layers)
         )  # fmt: skip
         self.ln_final = RMSNorm(d_model, device=device, dtype=dtype) if norm == "pre" else Identity()
         self.lm_head = Linear(d_model, vocab_size, device, dtype)
+        if tie_embeddings:  # and begin as the head does: of embeddings of variance 1 logits would be far too large
+            self.token_embeddings.weight = self.lm_head.weight
 
     @classmethod
     def from_config(cls, config: ModelConfig, **kwargs: object) -> "BasicsTransformerLM":
@@ -376,7 +414,8 @@ class BasicsTransformerLM(nn.Module):
         Raises:
             ValueError: the rows are longer than `context_length`.
         """
-        return self.lm_head(self.hidden(token_ids, token_positions, cache))
+        logits = self.lm_head(self.hidden(token_ids, token_positions, cache))
+        return logits if self.config.logit_softcap is None else softcap(logits, self.config.logit_softcap)
 
     def hidden(
         self,
@@ -384,7 +423,10 @@ class BasicsTransformerLM(nn.Module):
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: list[LayerCache] | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """What the head makes logits of: the model up to its final norm, with the arguments of `forward`."""
+        """What the head makes logits of: the model up to its final norm, with the arguments of `forward`.
+
+        Who applies the head applies the soft cap, too.
+        """
         if token_ids.shape[-1] > self.context_length:
             raise ValueError(f"{token_ids.shape[-1]} tokens do not fit into the context length {self.context_length}")
         x = self.token_embeddings(token_ids)

@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from itertools import takewhile
@@ -461,17 +461,22 @@ def _check_same_configuration(config: TrainConfig) -> None:
     """A folder holds one run: refuse to go on from its checkpoints with another configuration."""
     if latest_checkpoint(config.run) is None:
         return
-    stored, asked = _leaves(_stored_config(config.run)), _leaves(config_to_json(config))
-    different = [
-        f"{name} was {stored.get(name)}, now {value}"
-        for name, value in sorted(asked.items())
-        if name not in MAY_CHANGE and stored.get(name) != value
-    ]
+    different = differences(_stored_config(config.run), config_to_json(config), MAY_CHANGE)
     if different:
         raise ValueError(
             f"{config.run} holds a run of another configuration ({'; '.join(different)}); "
             "choose another folder with --run, or delete it to start anew"
         )
+
+
+def differences(stored: dict[str, Any], asked: dict[str, Any], but: Collection[str] = ()) -> list[str]:
+    """In what a stored configuration differs from another, a sentence each; what it does not know had the default."""
+    before = _leaves(config_to_json(TrainConfig())) | _leaves(stored)
+    return [
+        f"{name} was {before.get(name)}, now {value}"
+        for name, value in sorted(_leaves(asked).items())
+        if name not in but and before.get(name) != value
+    ]
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

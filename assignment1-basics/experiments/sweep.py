@@ -20,7 +20,7 @@ from rich.progress import Progress, TimeElapsedColumn
 
 from cs336_basics.run_log import environment, read_metrics
 from cs336_basics.strategy import resolve_device
-from cs336_basics.training import TrainConfig, config_to_json, train
+from cs336_basics.training import TrainConfig, config_to_json, differences, train
 from experiments.results import read_result, write_result
 
 #: Points of a curve that are kept, each the mean of the steps it stands for.
@@ -82,7 +82,7 @@ def _rows(problem: str, results: Path) -> list[dict[str, Any]]:
 
 
 def _is_done(run: Run, rows: list[dict[str, Any]]) -> bool:
-    return any(row["name"] == run.name and row["config"] == summary(run.config) for row in rows)
+    return any(row["name"] == run.name and not differences(row["config"], summary(run.config)) for row in rows)
 
 
 def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:

@@ -37,7 +37,16 @@ def test_cached_batch_equals_uncached_single_prompts(model, prompts):
     assert generate(model, prompts, GREEDY, use_cache=False) == expected
 
 
-@pytest.mark.parametrize("changes", [{"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"norm": "post"},
+        {"norm": "none"},
+        {"position": "none"},
+        {"ffn": "silu"},
+        {"qk_norm": True, "tie_embeddings": True, "logit_softcap": 5.0},
+    ],
+)
 def test_cache_works_for_every_ablation(changes):
     torch.manual_seed(1)
     config = ModelConfig(61, 16, 32, 2, 4, **changes)

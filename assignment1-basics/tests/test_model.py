@@ -102,24 +102,27 @@ def test_attention_layer_takes_any_leading_dimensions(leading):
 
 
 def llama(ours):
-    """Hugging Face's Llama with our weights.
+    """Hugging Face's Llama with our weights; Qwen 3, which is Llama with norms of queries and keys, if there are such.
 
     We rotate the pairs (2k, 2k+1) of a head, Llama (k, k + d/2): its row k is our row 2k, its row k + d/2 our 2k+1.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     config = ours.config
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
+    make, make_config = (Qwen3ForCausalLM, Qwen3Config) if config.qk_norm else (LlamaForCausalLM, LlamaConfig)
+    theirs = make(
+        make_config(
             vocab_size=config.vocab_size,
             hidden_size=config.d_model,
             intermediate_size=config.ffn_width,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            head_dim=config.d_model // config.num_heads,
             max_position_embeddings=config.context_length,
             rms_norm_eps=1e-5,
             rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            tie_word_embeddings=False,
+            tie_word_embeddings=config.tie_embeddings,
         )
     )
     names = {
@@ -132,18 +135,26 @@ def llama(ours):
     def permute(name, tensor):
         if "q_proj" in name or "k_proj" in name:
             return rearrange(tensor, "(head pair two) d -> (head two pair) d", head=config.num_heads, two=2)
+        if "q_norm" in name or "k_norm" in name:
+            return rearrange(tensor, "(pair two) -> (two pair)", two=2)
         return tensor
 
     theirs.load_state_dict({mapping[name]: permute(name, tensor) for name, tensor in ours.state_dict().items()})
     return theirs, mapping, permute
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_heads": 1, "num_layers": 1}, {"rope_theta": 37.0, "d_ff": 5}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"num_heads": 1, "num_layers": 1}, {"rope_theta": 37.0, "d_ff": 5},
+        {"qk_norm": True}, {"tie_embeddings": True}, {"qk_norm": True, "tie_embeddings": True},
+    ],
+)  # fmt: skip
 def test_logits_and_gradients_equal_llama(changes):
     ours = build(**changes)
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
-            if ".ln" in name or "ln_" in name:
+            if "ln" in name or "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     theirs, mapping, permute = llama(ours)
     ids = torch.randint(97, (2, 19))
@@ -157,6 +168,34 @@ def test_logits_and_gradients_equal_llama(changes):
         torch.testing.assert_close(permute(name, parameter.grad), gradients[mapping[name]], rtol=0, atol=1e-5, msg=name)
 
 
+def test_the_square_of_relu_equals_torch():
+    model, x = build(ffn="relu2", d_ff=None), torch.randn(5, 32)
+    ffn = model.layers[0].ffn
+    assert ffn.w1.weight.shape == (128, 32)
+    torch.testing.assert_close(ffn(x), F.linear(F.relu(F.linear(x, ffn.w1.weight)) ** 2, ffn.w2.weight))
+
+
+def test_soft_cap_bends_the_logits_and_no_more():
+    plain, ids = build(), torch.randint(97, (2, 19))
+    capped = build(logit_softcap=0.5)
+    capped.load_state_dict(plain.state_dict())
+    logits = plain(ids)
+    assert logits.abs().max() > 0.6
+    torch.testing.assert_close(capped(ids), 0.5 * (logits / 0.5).tanh())
+    torch.testing.assert_close(capped.hidden(ids), plain.hidden(ids), rtol=0, atol=0)
+
+
+def test_tied_embeddings_are_one_parameter(tmp_path):
+    model = build(tie_embeddings=True)
+    assert model.lm_head.weight is model.token_embeddings.weight
+    assert model.get_num_params(non_embedding=False) == build().get_num_params(non_embedding=False) - 97 * 32
+    assert model.lm_head.weight.std() < 0.2  # as the head's, not as embeddings of variance 1
+    other = build(tie_embeddings=True)
+    other.load_state_dict(model.state_dict())
+    ids = torch.randint(97, (1, 7))
+    torch.testing.assert_close(other(ids), model(ids), rtol=0, atol=0)
+
+
 def test_hidden_is_what_the_head_gets():
     ours, ids = build(), torch.randint(97, (2, 19))
     theirs, _, _ = llama(ours)
@@ -166,8 +205,12 @@ def test_hidden_is_what_the_head_gets():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu", "d_ff": None}]
-)
+    "changes",
+    [
+        {}, {"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu", "d_ff": None},
+        {"qk_norm": True}, {"ffn": "relu2"}, {"logit_softcap": 3.0},
+    ],
+)  # fmt: skip
 def test_a_token_depends_on_those_before_it_only(changes):
     model = build(**changes)
     embeddings = []
@@ -281,6 +324,7 @@ def test_too_long_input_is_refused():
         ({"d_model": 12, "num_heads": 4}, "odd width 3"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"d_ff": -5}, "d_ff is -5"),
+        ({"logit_softcap": 0.0}, "logit_softcap is 0.0, but must be positive"),
     ],
 )
 def test_impossible_shapes_are_refused(changes, message):

@@ -252,6 +252,26 @@ def test_another_configuration_does_not_resume(config):
         train(dataclasses.replace(config, optimizer=other))
 
 
+def test_a_run_from_before_an_option_existed_resumes(config):
+    """An option that the stored configuration does not name had its default."""
+    straight = train(config)
+    stored = json.loads((config.run / "config.json").read_text())
+    del stored["config"]["model"]["qk_norm"]
+    (config.run / "config.json").write_text(json.dumps(stored))
+    assert train(config)["loss"] == straight["loss"]
+    with pytest.raises(ValueError, match=r"\(model.qk_norm was False, now True\)"):
+        train(dataclasses.replace(config, model=dataclasses.replace(config.model, qk_norm=True)))
+
+
+@pytest.mark.parametrize("changes", [{"tie_embeddings": True, "qk_norm": True, "ffn": "relu2", "logit_softcap": 15.0}])
+def test_other_models_train_and_resume(config, tmp_path, changes):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+    straight = train(dataclasses.replace(config, run=tmp_path / "straight"))
+    train(config)
+    checkpoints(config.run)[-1].unlink()
+    assert train(config)["loss"] == straight["loss"]
+
+
 def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(config):
     diverges = dataclasses.replace(config.optimizer, lr=1e30, warmup_steps=0)
     with pytest.raises(FloatingPointError):
