@@ -51,7 +51,7 @@ writeups: $(BASICS)/.venv/.synced .venv/.synced ## build writeup1.pdf from resul
 
 lint: setup .venv/.synced ## check style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
-	@.venv/bin/mypy --config-file pyproject.toml tools/course_tests.py
+	@.venv/bin/mypy --config-file pyproject.toml tools/course_tests.py tools/build_writeups.py
 	@for package in $(PACKAGES); do \
 	  (cd $$package && ../.venv/bin/mypy --config-file ../pyproject.toml --python-executable .venv/bin/python \
 	    $$(ls -d cs336_* benchmarks experiments 2>/dev/null)) || exit 1; done

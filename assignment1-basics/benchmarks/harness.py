@@ -1,16 +1,11 @@
 """What the benchmarks share: interleaved timing and the file of a result."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from cs336_basics.run_log import environment, write_atomically
-
-RESULTS = Path(__file__).parent.parent / "results"
+from experiments import results
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
@@ -32,15 +27,11 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> di
 
 
 def write_result(name: str, what: str, rows: list[dict], folder: Path | None = None, device: str = "cpu") -> Path:
-    """Write `rows` and where they come from to `results/<name>.json`."""
-    path = (folder or RESULTS) / f"{name}.json"
-    record = {"what": what, **environment(torch.device(device)), "rows": rows}
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
+    """Show `rows`, and write them and where they come from to `results/<name>.json`."""
     for row in rows:
         print(
             "  ".join(
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
             )
         )
-    print(f"written: {path}")
-    return path
+    return results.write_result(name, what, {"rows": rows}, folder or results.RESULTS, device)

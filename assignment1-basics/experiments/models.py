@@ -25,7 +25,7 @@ class TrainModels:
     """Train the models of written problems; what is in the results already is not done again."""
 
     problems: tuple[str, ...] = ()
-    """Which problems; default: all. """
+    """Which problems; default: all."""
     tinystories: Path = Path("data/tinystories")
     """Folder of TinyStories' train.npy and valid.npy."""
     broad: Path = Path("data/owt")

@@ -4,7 +4,6 @@ A `Run` that is in `results/<problem>.json` with its configuration has been done
 interrupted goes on from its checkpoint. A run that diverges or does not fit into memory is a result too.
 """
 
-import itertools
 import multiprocessing
 import statistics
 import time
@@ -123,7 +122,7 @@ def measured(records: list[dict[str, Any]]) -> dict[str, Any]:
     training = [record for record in records if "loss" in record]
     validation = [record for record in records if "valid_loss" in record]
     stride = -(-len(training) // POINTS) or 1
-    groups = [list(group) for group in _batches(training, stride)]
+    groups = [training[first : first + stride] for first in range(0, len(training), stride)]
     steady = training[len(training) // 10 :]  # after compilation
     losses = [record["valid_loss"] for record in validation]
     return {
@@ -131,8 +130,8 @@ def measured(records: list[dict[str, Any]]) -> dict[str, Any]:
         "valid_loss": losses[-1] if losses else None,
         "best_valid_loss": min(losses, default=None),
         "train_loss": statistics.fmean(record["loss"] for record in training[-50:]) if training else None,
-        "tokens_per_second": statistics.median(record["tokens_per_second"] for record in steady) if steady else None,
-        "mfu": statistics.median(record["mfu"] for record in steady) if steady and "mfu" in steady[0] else None,
+        "tokens_per_second": _median(steady, "tokens_per_second"),
+        "mfu": _median(steady, "mfu"),
         "train_s": training[-1]["seconds"] if training else None,
         "curve": {
             "step": [group[-1]["step"] for group in groups],
@@ -152,10 +151,10 @@ def _mean(group: list[dict[str, Any]], key: str) -> float:
     return round(statistics.fmean(record[key] for record in group), 5)
 
 
-def _batches(items: list[Any], size: int) -> Iterable[Iterable[Any]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def _median(records: list[dict[str, Any]], key: str) -> float | None:
+    """None if no record has the key: the utilisation of a device whose peak is not known."""
+    values = [record[key] for record in records if key in record]
+    return statistics.median(values) if values else None
 
 
 def _line(run: Run, row: dict[str, Any]) -> str:

@@ -86,9 +86,7 @@ def kernels(profiler: profile, steps: int) -> dict[str, Any]:
     by_name: dict[str, float] = defaultdict(float)
     begin, end = float("inf"), 0.0
     for event in profiler.events() or []:
-        if event.device_type != torch.autograd.DeviceType.CUDA:
-            continue
-        if event.name.startswith("ProfilerStep"):
+        if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith("ProfilerStep"):
             continue
         by_name[event.name] += event.time_range.elapsed_us() / 1e3 / steps
         begin, end = min(begin, event.time_range.start), max(end, event.time_range.end)
