@@ -61,6 +61,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     block_norms = 0 if config.norm == "none" else 2 * d
     return {
         "token embeddings": config.vocab_size * d,
+        "value embeddings": config.value_embeddings * config.vocab_size * d,
         "attention": layers * 4 * d * d,
         "feed-forward": layers * _ffn_matrices(config) * d * config.ffn_width,
         "norms": layers * (block_norms + qk_norms) + (d if config.norm == "pre" else 0),
@@ -165,12 +166,15 @@ def peak_flops(device_name: str, precision: Literal["float32", "bfloat16"]) -> f
     return None
 
 
-def model_flops_utilisation(config: ModelConfig, tokens_per_second: float, peak: float) -> float:
+def model_flops_utilisation(
+    config: ModelConfig, tokens_per_second: float, peak: float, sequence_length: int | None = None
+) -> float:
     """Share of the peak rate that goes into the model's matrix products (MFU; Chowdhery et al. 2022, appendix B).
 
     Attention counts over all pairs of positions, recomputed activations do not count.
     """
-    return tokens_per_second * training_flops(config) / config.context_length / peak
+    seq = sequence_length or config.context_length
+    return tokens_per_second * training_flops(config, sequence_length=seq) / seq / peak
 
 
 def _ffn_matrices(config: ModelConfig) -> int:

@@ -56,6 +56,9 @@ class ModelConfig:
     """RMSNorm of every head's queries and keys, before RoPE (Henry et al. 2020; Dehghani et al. 2023)."""
     logit_softcap: float | None = None
     """Bound of the logits, which are bent towards it by a tanh (Gemma Team 2024). Default: none."""
+    value_embeddings: int = 0
+    """In so many blocks, the last ones, a token adds to its values a vector of its own, from a table that begins at
+    zero (Jordan et al. 2024, "modded-nanogpt"; the idea of Zhou et al. 2024, "Value residual learning")."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"):
@@ -65,6 +68,8 @@ class ModelConfig:
             raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
         if self.position == "rope" and self.d_model // self.num_heads % 2:
             raise ValueError(f"RoPE rotates pairs, but a head has odd width {self.d_model // self.num_heads}")
+        if not 0 <= self.value_embeddings <= self.num_layers:
+            raise ValueError(f"value_embeddings is {self.value_embeddings}, but there are {self.num_layers} blocks")
         if self.logit_softcap is not None and self.logit_softcap <= 0:
             raise ValueError(f"logit_softcap is {self.logit_softcap}, but must be positive, or None for no bound")
 
@@ -275,13 +280,20 @@ class CausalMultiHeadSelfAttention(nn.Module):
         x: Float[Tensor, "... seq d_model"],
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: LayerCache | None = None,
+        more_values: Float[Tensor, "... seq d_model"] | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """Attend within `x`, or, with a cache ([batch seq d_model] input), to all positions up to one's own."""
+        """Attend within `x`, or, with a cache ([batch seq d_model] input), to all positions up to one's own.
+
+        `more_values` are added to the values that `x` is projected to.
+        """
         if token_positions is None:
             token_positions = torch.arange(x.shape[-2], device=x.device)
+        values = self.v_proj(x)
+        if more_values is not None:
+            values = values + more_values.to(values.dtype)
         q, k, v = (
-            rearrange(projection(x), "... seq (heads d) -> ... heads seq d", heads=self.num_heads)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(projected, "... seq (heads d) -> ... heads seq d", heads=self.num_heads)
+            for projected in (self.q_proj(x), self.k_proj(x), values)
         )
         q, k = self.q_norm(q), self.k_norm(k)
         if self.positional_encoder is not None:
@@ -337,11 +349,12 @@ class TransformerBlock(nn.Module):
         x: Float[Tensor, "... seq d_model"],
         token_positions: Int[Tensor, "... seq"] | None = None,
         cache: LayerCache | None = None,
+        more_values: Float[Tensor, "... seq d_model"] | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
         if self.post_norm:
-            x = self.ln1(x + self.attn(x, token_positions, cache))
+            x = self.ln1(x + self.attn(x, token_positions, cache, more_values))
             return self.ln2(x + self.ffn(x))
-        x = x + self.attn(self.ln1(x), token_positions, cache)
+        x = x + self.attn(self.ln1(x), token_positions, cache, more_values)
         return x + self.ffn(self.ln2(x))
 
 
@@ -368,6 +381,7 @@ class BasicsTransformerLM(nn.Module):
         tie_embeddings: bool = False,
         qk_norm: bool = False,
         logit_softcap: float | None = None,
+        value_embeddings: int = 0,
         causal_attention: CausalAttention | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -375,7 +389,7 @@ class BasicsTransformerLM(nn.Module):
         super().__init__()
         self.config = ModelConfig(
             vocab_size, context_length, d_model, num_layers, num_heads, d_ff, rope_theta, norm, position, ffn,
-            tie_embeddings, qk_norm, logit_softcap,
+            tie_embeddings, qk_norm, logit_softcap, value_embeddings,
         )  # fmt: skip
         self.vocab_size, self.context_length = vocab_size, context_length
         self.token_embeddings = Embedding(vocab_size, d_model, device, dtype)
@@ -388,6 +402,10 @@ class BasicsTransformerLM(nn.Module):
             )
             for _ in range(num_layers)
         )  # fmt: skip
+        tables = [Embedding(vocab_size, d_model, device, dtype) for _ in range(value_embeddings)]
+        for table in tables:
+            table.weight.detach().zero_()
+        self.value_embeddings = nn.ModuleList(tables)
         self.ln_final = RMSNorm(d_model, device=device, dtype=dtype) if norm == "pre" else Identity()
         self.lm_head = Linear(d_model, vocab_size, device, dtype)
         if tie_embeddings:  # and begin as the head does: of embeddings of variance 1 logits would be far too large
@@ -430,8 +448,10 @@ class BasicsTransformerLM(nn.Module):
         if token_ids.shape[-1] > self.context_length:
             raise ValueError(f"{token_ids.shape[-1]} tokens do not fit into the context length {self.context_length}")
         x = self.token_embeddings(token_ids)
+        first = len(self.layers) - len(self.value_embeddings)  # of the blocks with value embeddings
         for index, layer in enumerate(self.layers):
-            x = layer(x, token_positions, cache[index] if cache else None)
+            more_values = self.value_embeddings[index - first](token_ids) if index >= first else None
+            x = layer(x, token_positions, cache[index] if cache else None, more_values)
         return self.ln_final(x)
 
     def new_cache(self, batch: int) -> list[LayerCache]:

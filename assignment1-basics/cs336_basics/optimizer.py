@@ -1,4 +1,4 @@
-"""AdamW and the cosine learning-rate schedule."""
+"""AdamW, and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -90,3 +90,19 @@ def get_cosine_lr(
         return min_learning_rate
     progress = (it - warmup_iters) / (cosine_cycle_iters - warmup_iters)
     return min_learning_rate + (max_learning_rate - min_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def get_trapezoid_lr(
+    it: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, decay_iters: int, total_iters: int
+) -> float:
+    """The learning rate at step `it`: a linear rise, level, then straight down (Zhai et al. 2022; Hu et al. 2024).
+
+    - it < warmup_iters: max · it / warmup_iters
+    - up to total_iters - decay_iters: max
+    - up to total_iters: on the line from max to min
+    - after it: min
+    """
+    if it < warmup_iters:
+        return max_learning_rate * it / warmup_iters
+    left = min(max(total_iters - it, 0) / decay_iters, 1)
+    return min_learning_rate + (max_learning_rate - min_learning_rate) * left

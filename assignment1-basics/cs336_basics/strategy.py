@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336_basics.checkpoint import read_checkpoint, restore, save_checkpoint
+from cs336_basics.muon import parameters_for
 from cs336_basics.nn_utils import clip_gradient
 
 
@@ -75,7 +76,7 @@ class SingleDevice:
     def build_optimizer(
         self, model: nn.Module, optimizer_class: type[torch.optim.Optimizer], **options: Any
     ) -> torch.optim.Optimizer:
-        return optimizer_class(model.parameters(), **options)
+        return optimizer_class(parameters_for(optimizer_class, model), **options)
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         return nullcontext()

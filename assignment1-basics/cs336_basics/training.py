@@ -26,16 +26,19 @@ from torch import Tensor, nn
 from cs336_basics.accounting import model_flops_utilisation, peak_flops
 from cs336_basics.data import check_length, open_tokens, windows_at
 from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
+from cs336_basics.muon import Muon, NorMuon
 from cs336_basics.nn_utils import cross_entropy
-from cs336_basics.optimizer import AdamW, get_cosine_lr
+from cs336_basics.optimizer import AdamW, get_cosine_lr, get_trapezoid_lr
 from cs336_basics.run_log import RunLog, check_wandb, environment, write_atomically
 from cs336_basics.strategy import SingleDevice, Strategy
 from cs336_basics.vocab_files import load_vocab
 
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"adamw": AdamW, "muon": Muon, "normuon": NorMuon}
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule: linear warm-up, then half a cosine wave over all steps."""
+    """The optimizer and its learning-rate schedule: linear warm-up, then half a cosine wave or a trapezoid."""
 
     lr: float = 1e-3
     """Highest learning rate."""
@@ -53,6 +56,12 @@ class OptimizerConfig:
     """Decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this joint L2 norm."""
+    decay_steps: int | None = None
+    """Steps of a straight way down at the end, level before. Default: half a cosine wave, from warm-up to end."""
+    name: Literal["adamw", "muon", "normuon"] = "adamw"
+    """adamw: for all parameters. muon, normuon: for the matrices of the blocks, AdamW for the rest. See muon.py."""
+    momentum: float = 0.95
+    """Decay of Muon's momentum."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "min_lr", "warmup_steps", "eps", "weight_decay"):
@@ -60,6 +69,14 @@ class OptimizerConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must not be negative")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm}, but must be positive; inf clips nothing")
+        if self.decay_steps is not None and self.decay_steps < 1:
+            raise ValueError(f"decay_steps is {self.decay_steps}, but must be at least 1, or None for a cosine wave")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, 1 to `steps`."""
+        if self.decay_steps is None:
+            return get_cosine_lr(step, self.lr, self.min_lr, self.warmup_steps, steps)
+        return get_trapezoid_lr(step, self.lr, self.min_lr, self.warmup_steps, self.decay_steps, steps)
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,11 @@ class TrainConfig:
     """Optimizer steps."""
     batch_size: int = 32
     """Windows per step, over all processes and microbatches."""
+    start_batch_size: int | None = None
+    """Windows of the first steps, doubled at even intervals up to batch_size. Default: no growth."""
+    start_context: int | None = None
+    """Tokens in a window of the first steps, doubled at even intervals up to the model's context length. There are more
+    of these shorter windows, so that a step has as many tokens. Default: no growth."""
     microbatches: int = 1
     """Gradient accumulation: the parts that a process computes its share of a batch in. More parts, less memory."""
     seed: int = 0
@@ -121,10 +143,37 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.eval_windows is not None and self.eval_windows < 1:
             raise ValueError(f"eval_windows is {self.eval_windows}, but must be at least 1, or None for the whole file")
-        if self.batch_size % self.microbatches:
-            raise ValueError(
-                f"batch_size {self.batch_size} does not split into {self.microbatches} microbatches of one size"
-            )
+        for name in ("batch_size", "start_batch_size"):
+            if (getattr(self, name) or 0) % self.microbatches:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} does not split into {self.microbatches} microbatches of one size"
+                )
+        for name, first, last in (
+            ("start_batch_size", self.start_batch_size, self.batch_size),
+            ("start_context", self.start_context, self.model.context_length),
+        ):
+            if first is not None and (first < 1 or last % first or (last // first).bit_count() != 1):
+                raise ValueError(f"{name} is {first}, but must be {last} halved some times")
+
+    def windows(self, step: int) -> tuple[int, int]:
+        """How many windows a step has, 1 to `steps`, and of how many tokens each."""
+        batch_size = _grown(self.start_batch_size, self.batch_size, step, self.steps)
+        context = _grown(self.start_context, self.model.context_length, step, self.steps)
+        return batch_size * self.model.context_length // context, context
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of the first `steps` steps."""
+        if self.start_batch_size is None:
+            return steps * self.batch_size * self.model.context_length
+        return sum(math.prod(self.windows(step)) for step in range(1, steps + 1))
+
+
+def _grown(first: int | None, last: int, step: int, steps: int) -> int:
+    """A number that grows from `first` to `last` by doublings that split `steps` evenly."""
+    if first is None:
+        return last
+    stages = (last // first).bit_length()
+    return first << ((min(step, steps) - 1) * stages // steps)
 
 
 #: Fields that a resumed run may change, because the weights do not depend on them.
@@ -150,11 +199,12 @@ def train(
         OSError: a checkpoint cannot be written.
     """
     strategy = strategy or SingleDevice(config.device)
-    if config.batch_size % (strategy.world_size * config.microbatches):
-        raise ValueError(
-            f"batch_size {config.batch_size} does not split evenly over {strategy.world_size} processes "
-            f"of {config.microbatches} microbatches"
-        )
+    for name, size in (("batch_size", config.batch_size), ("start_batch_size", config.start_batch_size)):
+        if size is not None and size % (strategy.world_size * config.microbatches):
+            raise ValueError(
+                f"{name} {size} does not split evenly over {strategy.world_size} processes "
+                f"of {config.microbatches} microbatches"
+            )
     train_tokens = open_tokens(config.train_data, config.model.vocab_size)
     valid_tokens = open_tokens(config.valid_data, config.model.vocab_size)
     for path, tokens in ((config.train_data, train_tokens), (config.valid_data, valid_tokens)):
@@ -169,16 +219,18 @@ def train(
     torch.manual_seed(config.seed)
     unwrapped = BasicsTransformerLM.from_config(config.model, causal_attention=causal_attention)
     if config.compile:
-        unwrapped.compile()  # in place: the names in the state dict stay as they are
+        unwrapped.compile(dynamic=False)  # in place: the names in the state dict stay as they are
     model = strategy.wrap_model(unwrapped)
     options = config.optimizer
+    momentum = {} if options.name == "adamw" else {"momentum": options.momentum}
     optimizer = strategy.build_optimizer(
         model,
-        AdamW,
+        OPTIMIZERS[options.name],
         lr=options.lr,
         betas=(options.beta1, options.beta2),
         eps=options.eps,
         weight_decay=options.weight_decay,
+        **momentum,
     )
 
     start, seconds = 0, 0.0
@@ -215,7 +267,7 @@ class _Loop:
     seconds: float  # spent on steps so far, resumed ones included
 
     def __post_init__(self) -> None:
-        self.loss = torch.compile(cross_entropy) if self.config.compile else cross_entropy
+        self.loss = torch.compile(cross_entropy, dynamic=False) if self.config.compile else cross_entropy
         device = self.strategy.device
         self.peak_flops = None
         if device.type == "cuda":
@@ -259,16 +311,15 @@ class _Loop:
     def _step(self, step: int) -> tuple[float, Tensor, Tensor]:
         """One optimizer step; returns the learning rate and, still on the device, the loss and the gradient norm."""
         config, strategy = self.config, self.strategy
-        lr = get_cosine_lr(
-            step, config.optimizer.lr, config.optimizer.min_lr, config.optimizer.warmup_steps, config.steps
-        )
+        lr = config.optimizer.lr_at(step, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        starts = batch_starts(len(self.train_tokens), config.model.context_length, config.batch_size, config.seed, step)
+        count, context = config.windows(step)
+        starts = batch_starts(len(self.train_tokens), context, count, config.seed, step)
         parts = np.split(starts[strategy.rank :: strategy.world_size], config.microbatches)
         total = torch.zeros((), device=strategy.device)
         for number, part in enumerate(parts, start=1):
-            inputs, targets = windows_at(self.train_tokens, part, config.model.context_length, strategy.device)
+            inputs, targets = windows_at(self.train_tokens, part, context, strategy.device)
             with strategy.accumulate(self.model, last=number == len(parts)):
                 with self._autocast():
                     loss = self.loss(self.model(inputs), targets) / len(parts)
@@ -282,21 +333,23 @@ class _Loop:
         losses = self.strategy.reduce_mean(torch.stack([loss for _, _, loss, _ in pending])).tolist()
         norms = torch.stack([norm for *_, norm in pending]).tolist()
         elapsed += time.perf_counter() - started
-        tokens_per_step = self.config.batch_size * self.config.model.context_length
-        speed = {"tokens_per_second": round(len(pending) * tokens_per_step / elapsed, 1)}
+        config, first = self.config, pending[0][0]
+        tokens = config.tokens(first - 1)
+        speed = {"tokens_per_second": round((config.tokens(pending[-1][0]) - tokens) / elapsed, 1)}
         if self.peak_flops:
-            per_device = speed["tokens_per_second"] / self.strategy.world_size
-            speed["mfu"] = round(model_flops_utilisation(self.config.model, per_device, self.peak_flops), 4)
+            per_device, context = speed["tokens_per_second"] / self.strategy.world_size, config.windows(first)[1]
+            speed["mfu"] = round(model_flops_utilisation(config.model, per_device, self.peak_flops, context), 4)
         records = []
         for (step, lr, *_), loss, norm in zip(pending, losses, norms, strict=True):
             self.seconds += elapsed / len(pending)
+            tokens += math.prod(config.windows(step))
             records.append(
                 {
                     "step": step,
                     "loss": loss,
                     "lr": lr,
                     "grad_norm": norm,
-                    "tokens": step * tokens_per_step,
+                    "tokens": tokens,
                     "seconds": round(self.seconds, 3),
                     **speed,
                 }

@@ -7,6 +7,7 @@ from tyro.conf import subcommand
 from cs336_basics.command import run_command
 from experiments.accounting_tables import AccountingTables
 from experiments.figures import Figures
+from experiments.leaderboard import Leaderboard
 from experiments.learning_rate_tuning import LearningRateTuning
 from experiments.models import TrainModels
 from experiments.samples import Samples
@@ -21,6 +22,7 @@ Command = (
     | Annotated[AccountingTables, subcommand("accounting")]
     | Annotated[Throughput, subcommand("throughput")]
     | Annotated[TrainModels, subcommand("train-models")]
+    | Annotated[Leaderboard, subcommand("leaderboard")]
     | Annotated[Samples, subcommand("samples")]
     | Annotated[Figures, subcommand("figures")]
 )

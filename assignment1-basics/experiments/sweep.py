@@ -1,10 +1,12 @@
 """Training many models: side by side, resumable, and with a record of each.
 
 A `Run` that is in `results/<problem>.json` with its configuration has been done and is not done again; one that was
-interrupted goes on from its checkpoint. A run that diverges or does not fit into memory is a result too.
+interrupted goes on from its checkpoint. A run that diverges or does not fit into memory is a result too. A run against
+the clock gets as many steps as fit, and begins anew if it was interrupted.
 """
 
 import multiprocessing
+import shutil
 import statistics
 import time
 from collections.abc import Iterable
@@ -12,11 +14,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.progress import Progress, TimeElapsedColumn
 
+from cs336_basics.model import CausalAttention
 from cs336_basics.run_log import environment, read_metrics
 from cs336_basics.strategy import resolve_device
 from cs336_basics.training import TrainConfig, config_to_json, differences, train
@@ -26,6 +29,12 @@ from experiments.results import read_result, write_result
 POINTS = 100
 #: What a run's result does not depend on, or what is not the same on another machine.
 _NOT_COMPARED = ("run", "train_data", "valid_data", "tokenizer", "device", "keep_checkpoints", "checkpoint_every")
+#: Steps of the two runs that a run against the clock is preceded by: one compiles, one is timed.
+PROBE_STEPS = 40
+#: Share of the time that is planned for: a step may be slower than it was in the probe.
+PLANNED = 0.98
+
+Attention = Literal["plain", "flash"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,11 @@ class Run:
     problem: str
     name: str
     config: TrainConfig
+    attention: Attention = "plain"
+    """plain: the model's own. flash: Assignment 2's kernel."""
+    seconds: float | None = None
+    """If given, the run has as many steps as fit into this time, evaluations and all, but for compilation; warm-up,
+    decay and evaluations of `config` are stretched with its steps."""
 
 
 def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minutes: float) -> None:
@@ -71,6 +85,33 @@ def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minu
         print(f"not begun within {minutes:g} minutes: {', '.join(f'{run.problem}/{run.name}' for run in left)}")
 
 
+def run_here(run: Run, folder: Path, results: Path) -> dict[str, Any]:
+    """Train one model in this process, unless it is in the results, and return its row."""
+    run = replace(run, config=replace(run.config, run=folder / run.problem / run.name))
+    rows = _rows(run.problem, results)
+    if done := next((row for row in rows if _is_the_row(run, row)), None):
+        return done
+    row = _train(run, 1, float("inf"))
+    assert row is not None
+    rows = [*(other for other in rows if other["name"] != run.name), row]
+    write_result(run.problem, f"models trained for {run.problem}", {"rows": rows}, results)
+    print(_line(run, row))
+    return row
+
+
+def stretched(config: TrainConfig, steps: int) -> TrainConfig:
+    """The configuration with another number of steps, and all that is counted in steps in proportion."""
+
+    def scaled(number: int) -> int:
+        return max(1, round(number * steps / config.steps))
+
+    old = config.optimizer
+    decay = None if old.decay_steps is None else scaled(old.decay_steps)
+    optimizer = replace(old, warmup_steps=scaled(old.warmup_steps), decay_steps=decay)
+    every = scaled(config.eval_every)
+    return replace(config, steps=steps, optimizer=optimizer, eval_every=every, checkpoint_every=steps)
+
+
 def summary(config: TrainConfig) -> dict[str, Any]:
     """The configuration as it is kept with a result: what a repetition has to have in common."""
     return {key: value for key, value in config_to_json(config).items() if key not in _NOT_COMPARED}
@@ -81,7 +122,13 @@ def _rows(problem: str, results: Path) -> list[dict[str, Any]]:
 
 
 def _is_done(run: Run, rows: list[dict[str, Any]]) -> bool:
-    return any(row["name"] == run.name and not differences(row["config"], summary(run.config)) for row in rows)
+    return any(_is_the_row(run, row) for row in rows)
+
+
+def _is_the_row(run: Run, row: dict[str, Any]) -> bool:
+    asked = run.config if run.seconds is None else stretched(run.config, row["config"]["steps"])
+    same = (row.get("attention", "plain"), row.get("seconds")) == (run.attention, run.seconds)
+    return row["name"] == run.name and same and not differences(row["config"], summary(asked))
 
 
 def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
@@ -93,28 +140,71 @@ def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    if run.seconds is not None:
+        shutil.rmtree(run.config.run, ignore_errors=True)
     run.config.run.mkdir(parents=True, exist_ok=True)
-    status, began = "finished", time.perf_counter()
+    status, config, compile_s, began = "finished", run.config, None, time.perf_counter()
     with ExitStack() as stack:
         log = stack.enter_context((run.config.run / "log.txt").open("a", encoding="utf-8"))
         stack.enter_context(redirect_stdout(log))
         stack.enter_context(redirect_stderr(log))
         try:
-            train(run.config)
+            attention = _attention(run.attention)
+            if run.seconds is not None:
+                config = _as_many_steps_as_fit(run, run.seconds, attention)
+                compile_s, began = time.perf_counter() - began, time.perf_counter()
+            train(config, causal_attention=attention)
         except FloatingPointError as error:
             status = f"diverged: {error}".split(";")[0]
         except torch.OutOfMemoryError:
             status = "out of memory"
+    wall_s = time.perf_counter() - began
+    if run.seconds is not None:
+        shutil.rmtree(config.run / "checkpoints", ignore_errors=True)
+        if status == "finished" and wall_s > run.seconds:
+            status = "out of time"
     return {
         "name": run.name,
         "status": status,
-        "config": summary(run.config),
+        "config": summary(config),
+        "attention": run.attention,
+        **({} if run.seconds is None else {"seconds": run.seconds, "compile_and_probe_s": compile_s}),
         **environment(device),
         "models_at_once": workers,
-        "wall_s": round(time.perf_counter() - began, 1),
+        "wall_s": round(wall_s, 1),
         "peak_GB": round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else None,
         **measured(read_metrics(run.config.run / "metrics.jsonl")),
     }
+
+
+def _as_many_steps_as_fit(run: Run, seconds: float, attention: CausalAttention | None) -> TrainConfig:
+    """Compile what the run needs, time some of its steps, and give it as many as fit into `seconds`."""
+    probe = replace(stretched(run.config, PROBE_STEPS), run=run.config.run / "probe", eval_every=PROBE_STEPS)
+    for _ in range(2):
+        shutil.rmtree(probe.run, ignore_errors=True)
+        began = time.perf_counter()
+        train(probe, causal_attention=attention)
+        wall_s = time.perf_counter() - began
+    step_s = read_metrics(probe.run / "metrics.jsonl")[-2]["seconds"] / PROBE_STEPS
+    shutil.rmtree(probe.run)
+    around_s = wall_s - PROBE_STEPS * step_s  # the model's start, an evaluation, a checkpoint
+    evaluations = run.config.steps // run.config.eval_every
+    steps = int((PLANNED * seconds - evaluations * around_s) / step_s)
+    if steps < PROBE_STEPS:
+        raise ValueError(f"{seconds:g} s are too short for {run.name}, whose step takes {step_s:.3f} s; give it more")
+    return stretched(run.config, steps)
+
+
+def _attention(name: Attention) -> CausalAttention | None:
+    if name == "plain":
+        return None
+    try:
+        from cs336_systems.flash_attention import flash_attention
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "FlashAttention is Assignment 2's, which is not installed here; put assignment2-systems on PYTHONPATH"
+        ) from None
+    return flash_attention
 
 
 def measured(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from cs336_basics.checkpoint import save_checkpoint
 from cs336_basics.model import BasicsTransformerLM, Embedding, Linear, TransformerBlock
+from cs336_basics.muon import Muon, parameters_for
 from cs336_basics.optimizer import AdamW
 from cs336_basics.strategy import SingleDevice
 from cs336_systems.parallel import FSDP, BucketedDataParallel, OverlappedDataParallel, ShardedOptimizer
@@ -79,7 +80,8 @@ class DDP:
     def build_optimizer(
         self, model: nn.Module, optimizer_class: type[torch.optim.Optimizer], **options: Any
     ) -> torch.optim.Optimizer:
-        return _choose(optimizer_class, self.options)(model.parameters(), **options)
+        chosen = _choose(optimizer_class, self.options)
+        return chosen(parameters_for(chosen, _module(model)), **options)
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         assert isinstance(model, DataParallel)
@@ -135,6 +137,7 @@ class ShardedOptimizerDDP(_Sharded, BucketedDDP):
     def build_optimizer(
         self, model: nn.Module, optimizer_class: type[torch.optim.Optimizer], **options: Any
     ) -> torch.optim.Optimizer:
+        _check_elementwise(optimizer_class, "ddp+sharded-optimizer")
         return ShardedOptimizer(model.parameters(), _choose(optimizer_class, self.options), **options)
 
 
@@ -143,6 +146,12 @@ class FullySharded(_Sharded):
 
     def _wrap(self, module: nn.Module) -> DataParallel:
         return FSDP(module, self.options.compute_dtype, unit_classes=(TransformerBlock, Linear, Embedding))
+
+    def build_optimizer(
+        self, model: nn.Module, optimizer_class: type[torch.optim.Optimizer], **options: Any
+    ) -> torch.optim.Optimizer:
+        _check_elementwise(optimizer_class, "fsdp")
+        return super().build_optimizer(model, optimizer_class, **options)
 
     def _ranges(self, model: nn.Module) -> Mapping[str, ShardRange]:
         assert isinstance(model, FSDP)
@@ -167,6 +176,7 @@ class TorchFSDP2(_Sharded):
     def build_optimizer(
         self, model: nn.Module, optimizer_class: type[torch.optim.Optimizer], **options: Any
     ) -> torch.optim.Optimizer:
+        _check_elementwise(optimizer_class, "torch-fsdp2")
         return optimizer_class(model.parameters(), **options)
 
     @contextmanager
@@ -214,7 +224,16 @@ def compile_by_block(model: nn.Module) -> None:
     if isinstance(model, BasicsTransformerLM) and model._compiled_call_impl is not None:
         model._compiled_call_impl = None
         for block in model.layers.children():
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def _check_elementwise(optimizer_class: type[torch.optim.Optimizer], strategy: StrategyName) -> None:
+    """Raise a ValueError if the optimizer needs whole matrices where a process may have a part."""
+    if issubclass(optimizer_class, Muon):
+        raise ValueError(
+            f"strategy {strategy} shares out parameters, and {optimizer_class.__name__} needs gradients of whole "
+            "matrices; choose ddp or ddp-bucketed, or --optimizer.name adamw"
+        )
 
 
 def _choose(optimizer_class: type[torch.optim.Optimizer], options: StrategyOptions) -> type[torch.optim.Optimizer]:
@@ -232,7 +251,9 @@ def _module(model: nn.Module) -> nn.Module:
 def _load(
     path: os.PathLike[str], module: nn.Module, optimizer: torch.optim.Optimizer, ranges: Mapping[str, ShardRange]
 ) -> dict[str, Any]:
-    checkpoint = Checkpoint(path, [name for name, _ in module.named_parameters()])
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    checkpoint = Checkpoint(path, in_order)
     checkpoint.load_model(module, ranges)
     checkpoint.load_optimizer(module, optimizer, ranges)
     return checkpoint.header
