@@ -20,8 +20,9 @@ STEPS = 1000
 #: By how much, in nats, a change has to lower the loss to be kept: what the same run twice may differ by.
 LEAST_GAIN = 0.005
 
-#: Changes, tried in this order. Keys are fields of `TrainConfig`, "model." and "optimizer." before those of its parts,
-#: "attention", and "lr x", which multiplies both learning rates.
+#: Changes, tried in this order. Keys are fields of `TrainConfig`, with "model." or "optimizer." before those of its
+#: parts, or "attention". A key that ends in " x" multiplies: the learning rates, the batch, or for the start of a growth
+#: what it grows to.
 LADDER: dict[str, Mapping[str, Any]] = {
     "FlashAttention": {"attention": "flash"},
     "12 blocks of width 768, context 512": {
@@ -32,7 +33,8 @@ LADDER: dict[str, Mapping[str, Any]] = {
     "tied embeddings": {"model.tie_embeddings": True},
     "QK-norm": {"model.qk_norm": True},
     "ReLU² for SwiGLU": {"model.ffn": "relu2"},
-    "heads of width 128": {"model.num_heads": 6},
+    "heads of width 64": {"model.num_heads": 8},
+    "heads of width 128": {"model.num_heads": 4},
     "soft cap of 15": {"model.logit_softcap": 15.0},
     "value embeddings in 2 blocks": {"model.value_embeddings": 2},
     "Muon": {"optimizer.name": "muon"},
@@ -40,17 +42,21 @@ LADDER: dict[str, Mapping[str, Any]] = {
     "twice the rate": {"lr x": 2.0},
     "straight down to zero": {"optimizer.decay_steps": STEPS - STEPS // 20, "optimizer.min_lr": 0.0},
     "level, then down in the last 40 %": {"optimizer.decay_steps": 2 * STEPS // 5, "optimizer.min_lr": 0.0},
-    "half the batch": {"batch_size": 32},
-    "batch from a quarter": {"start_batch_size": 16},
-    "context from a quarter": {"start_context": 128},
+    "weight decay of 0.5": {"optimizer.weight_decay": 0.5},
+    "context 512": {"model.context_length": 512, "batch_size x": 0.5},
+    "half the batch": {"batch_size x": 0.5},
+    "batch from a quarter": {"start_batch_size x": 0.25},
+    "context from a quarter": {"start_context x": 0.25},
 }  # fmt: skip
 
-#: Variants of the recipe that get five minutes beside it: what matters for a text that is read several times.
+#: Variants of the recipe under the long clock. A larger model reads the text less often in the same time.
 FINALS: dict[str, Mapping[str, Any]] = {
     "recipe": {},
-    "recipe, weight decay × 5": {"optimizer.weight_decay": 0.5},
-    "recipe, 16 blocks of width 1024, weight decay × 5": {
-        "model.d_model": 1024, "model.num_layers": 16, "model.num_heads": 8, "optimizer.weight_decay": 0.5,
+    "recipe, 12 blocks of width 768": {
+        "model.d_model": 768, "model.num_layers": 12, "model.num_heads": 12, "lr x": 0.5,
+    },
+    "recipe, 16 blocks of width 1024": {
+        "model.d_model": 1024, "model.num_layers": 16, "model.num_heads": 16, "lr x": 0.5,
     },
 }  # fmt: skip
 
@@ -66,14 +72,18 @@ class Recipe:
         """With some changes, whose keys are those of `LADDER`."""
         recipe = self
         for key, value in changes.items():
-            config = recipe.config
-            part, _, name = key.rpartition(".")
             if key == "attention":
                 recipe = replace(recipe, attention=value)
                 continue
+            config = recipe.config
+            part, _, name = key.rpartition(".")
             if key == "lr x":
                 old = config.optimizer
                 config = replace(config, optimizer=replace(old, lr=value * old.lr, min_lr=value * old.min_lr))
+            elif key.endswith(" x"):
+                name = key.removesuffix(" x")
+                whole = config.model.context_length if name == "start_context" else config.batch_size
+                config = replace(config, **{name: int(value * whole)})
             elif part:
                 config = replace(config, **{part: replace(getattr(config, part), **{name: value})})
             else:
