@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiments import models, sweep, throughput
+from experiments import leaderboard, models, sweep, throughput
 from experiments.accounting_tables import AccountingTables
 from experiments.learning_rate_tuning import LearningRateTuning
+from experiments.models import BEST_LR
 from experiments.results import read_result
 from experiments.samples import SETTINGS, Samples
-from experiments.sweep import Run, measured, run_all
+from experiments.sweep import Run, measured, run_all, run_here
 from experiments.tokenizer_experiments import TokenizerExperiments
 from experiments.train_bpe import TrainBPE
 
@@ -96,6 +97,58 @@ def test_every_run_of_the_problems_is_distinct():
         assert {run.problem for run in runs} == {name}
         assert len({run.name for run in runs}) == len(runs) >= 2
         assert len({json.dumps(sweep.summary(run.config)) for run in runs}) == len(runs)
+
+
+def test_leaderboard_keeps_what_helps_and_goes_on(data, tmp_path, monkeypatch, capsys):
+    tiny = replace(TRAIN["owt"][1], model=TINY, compile=False, precision="float32", batch_size=8)
+    monkeypatch.setitem(leaderboard.TRAIN, "owt", ("tiny", tiny))
+    ladder = {
+        "rate of zero": {"lr x": 0.0},
+        "wider": {"model.d_model": 32},
+        "half the batch, growing": {"batch_size x": 0.5, "start_batch_size x": 0.5},
+        "as it is": {"model.norm": "pre"},
+    }
+    monkeypatch.setattr(leaderboard, "LADDER", ladder)
+    monkeypatch.setattr(leaderboard, "FINALS", {"larger": {"model.num_layers": 2}})
+    losses = {"baseline": 3.0, "rate of zero": 2.998, "wider": 2.9, "half the batch, growing": 3.0}
+    real = leaderboard.run_here
+
+    def with_that_loss(run, *where):
+        return {**real(run, *where), "valid_loss": losses.get(run.name), "status": "finished"}
+
+    monkeypatch.setattr(leaderboard, "run_here", with_that_loss)
+    setting = leaderboard.Leaderboard(data, 1.5, 1.5, device="cpu", runs=tmp_path / "runs", out=tmp_path)
+    setting.execute()
+    rows = {row["name"]: row for row in read_result("leaderboard", tmp_path)["rows"]}
+    assert [*rows] == [*losses]  # what changes nothing is not run
+    assert "kept: wider" in capsys.readouterr().out
+    assert rows["wider"]["config"]["optimizer"]["lr"] == BEST_LR
+    last = rows["half the batch, growing"]["config"]
+    assert (last["model"]["d_model"], last["batch_size"], last["start_batch_size"]) == (32, 4, 2)
+    assert all(row["steps_done"] == row["config"]["steps"] >= sweep.PROBE_STEPS for row in rows.values())
+
+    before = (tmp_path / "leaderboard.json").read_text()
+    replace(setting, finals=("larger", "baseline")).execute()
+    assert (tmp_path / "leaderboard.json").read_text() == before
+    finals = read_result("leaderboard_finals", tmp_path)["rows"]
+    assert [row["config"]["model"]["d_model"] for row in finals] == [32, 16]
+    with pytest.raises(ValueError, match="no final 'best'; there are baseline, larger"):
+        replace(setting, finals=("best",))
+
+
+def test_a_run_against_the_clock(config, tmp_path):
+    config = replace(config, steps=100, eval_every=100, optimizer=OptimizerConfig(warmup_steps=10))
+    run = Run("problem", "clock", config, seconds=2.0)
+    row = run_here(run, tmp_path / "runs", tmp_path)
+    assert row["status"] == ("finished" if row["wall_s"] <= 2.0 else "out of time")
+    steps = row["config"]["steps"]
+    assert row["config"]["optimizer"]["warmup_steps"] == round(steps / 10)
+    assert not (tmp_path / "runs/problem/clock/checkpoints").exists()
+    assert run_here(run, tmp_path / "runs", tmp_path) == row
+    with pytest.raises(ValueError, match="0.001 s are too short for clock, whose step takes"):
+        run_here(replace(run, seconds=0.001), tmp_path / "runs", tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="FlashAttention is Assignment 2's"):
+        run_here(replace(run, attention="flash"), tmp_path / "runs", tmp_path)
 
 
 def test_train_models_on_a_cpu(data, tmp_path, monkeypatch):

@@ -45,12 +45,15 @@ def test_cached_batch_equals_uncached_single_prompts(model, prompts):
         {"position": "none"},
         {"ffn": "silu"},
         {"qk_norm": True, "tie_embeddings": True, "logit_softcap": 5.0},
+        {"value_embeddings": 1},
     ],
 )
 def test_cache_works_for_every_ablation(changes):
     torch.manual_seed(1)
     config = ModelConfig(61, 16, 32, 2, 4, **changes)
     model = BasicsTransformerLM.from_config(config)
+    for table in model.value_embeddings:
+        torch.nn.init.normal_(table.weight)
     prompts = [[1, 2, 3], [4]]
     assert generate(model, prompts, GREEDY) == generate(model, prompts, GREEDY, use_cache=False)
 

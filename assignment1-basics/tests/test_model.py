@@ -185,6 +185,22 @@ def test_soft_cap_bends_the_logits_and_no_more():
     torch.testing.assert_close(capped.hidden(ids), plain.hidden(ids), rtol=0, atol=0)
 
 
+def test_value_embeddings_are_added_to_the_values_of_the_last_blocks():
+    plain, ids = build(num_layers=3), torch.randint(97, (2, 19))
+    model = build(num_layers=3, value_embeddings=2)
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == ["value_embeddings.0.weight", "value_embeddings.1.weight"]
+    torch.testing.assert_close(model(ids), plain(ids), rtol=0, atol=0)  # they begin at zero
+
+    for table in model.value_embeddings:
+        torch.nn.init.normal_(table.weight)
+    for layer, table in zip(plain.layers[1:], model.value_embeddings, strict=True):
+        layer.attn.v_proj.register_forward_hook(lambda _, __, values, table=table: values + table.weight[ids])
+    torch.testing.assert_close(model(ids), plain(ids))
+    with pytest.raises(ValueError, match="value_embeddings is 4, but there are 3 blocks"):
+        build(num_layers=3, value_embeddings=4)
+
+
 def test_tied_embeddings_are_one_parameter(tmp_path):
     model = build(tie_embeddings=True)
     assert model.lm_head.weight is model.token_embeddings.weight

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from cs336_basics.optimizer import AdamW, get_cosine_lr
+from cs336_basics.optimizer import AdamW, get_cosine_lr, get_trapezoid_lr
 
 
 def train(optimizer_class, dtype, steps=1000, **options):
@@ -108,3 +108,20 @@ def test_schedule_equals_torchs(warmup, cycle):
 def _closed_form(scheduler, epoch):
     scheduler.last_epoch = epoch
     return scheduler._get_closed_form_lr()[0]
+
+
+@pytest.mark.parametrize(("warmup", "decay", "total"), [(10, 30, 100), (0, 100, 100), (5, 95, 100), (7, 1, 20)])
+def test_trapezoid_equals_torchs(warmup, decay, total):
+    low, high = 0.02, 0.5
+    parts = torch.optim.lr_scheduler
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=high)
+    rise = parts.LambdaLR(optimizer, lambda it: it / warmup if warmup else 1.0)
+    level = parts.ConstantLR(optimizer, factor=1.0)
+    fall = parts.LinearLR(optimizer, 1.0, low / high, total_iters=decay)
+    schedule = parts.SequentialLR(optimizer, [rise, level, fall], milestones=[warmup, total - decay])
+    for it in range(total + 5):
+        assert get_trapezoid_lr(it, high, low, warmup, decay, total) == pytest.approx(
+            optimizer.param_groups[0]["lr"], abs=1e-12
+        ), it
+        optimizer.step()
+        schedule.step()

@@ -263,13 +263,64 @@ def test_a_run_from_before_an_option_existed_resumes(config):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, qk_norm=True)))
 
 
-@pytest.mark.parametrize("changes", [{"tie_embeddings": True, "qk_norm": True, "ffn": "relu2", "logit_softcap": 15.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"tie_embeddings": True, "qk_norm": True, "ffn": "relu2", "logit_softcap": 15.0}, {"value_embeddings": 1}],
+)
 def test_other_models_train_and_resume(config, tmp_path, changes):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
     straight = train(dataclasses.replace(config, run=tmp_path / "straight"))
     train(config)
     checkpoints(config.run)[-1].unlink()
     assert train(config)["loss"] == straight["loss"]
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_other_optimizers_train_and_resume(config, tmp_path, name):
+    options = dataclasses.replace(config.optimizer, name=name, decay_steps=10, min_lr=0.0)
+    config = dataclasses.replace(config, optimizer=options)
+    straight = train(dataclasses.replace(config, run=tmp_path / "straight"))
+    train(config)
+    checkpoints(config.run)[-1].unlink()
+    assert train(config)["loss"] == straight["loss"]
+    rates = [record["lr"] for record in read_metrics(config.run / "metrics.jsonl") if "lr" in record]
+    assert rates[4:15] == [1e-2] * 10 + [pytest.approx(0.9e-2)]
+    assert rates[-1] == 0
+    longer = train(dataclasses.replace(config, run=tmp_path / "long", steps=150, batch_size=16))
+    assert longer["valid_loss"] < 1.0
+
+
+def test_growth_of_batch_and_context(config, tmp_path):
+    grows = dataclasses.replace(config, start_batch_size=1, start_context=2, microbatches=1)
+    windows = [grows.windows(step) for step in range(1, 25)]
+    assert windows == [(4, 2)] * 8 + [(4, 4)] * 8 + [(4, 8)] * 8  # the batch doubles when the context does
+    assert [dataclasses.replace(grows, start_context=None).windows(step) for step in (1, 8, 9, 16, 17, 24)] == [
+        (1, 8), (1, 8), (2, 8), (2, 8), (4, 8), (4, 8),
+    ]  # fmt: skip
+    batches = []
+    real = training.windows_at
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "windows_at", lambda *a: batches.append(real(*a)[0].shape) or real(*a))
+        patch.setattr(training, "evaluate", lambda *_: 0.0)
+        train(grows)
+    assert [tuple(shape) for shape in batches] == windows
+    records = [record for record in read_metrics(grows.run / "metrics.jsonl") if "tokens" in record]
+    assert [record["tokens"] for record in records] == np.cumsum([a * b for a, b in windows]).tolist()
+
+    straight = train(dataclasses.replace(grows, run=tmp_path / "straight"))
+    for path in checkpoints(grows.run):
+        path.unlink()
+    train(grows)
+    checkpoints(grows.run)[-1].unlink()
+    assert train(grows)["loss"] == straight["loss"]
+    assert straight["tokens"] == records[-1]["tokens"]
+    for changes, message in (
+        ({"start_batch_size": 3}, "start_batch_size is 3, but must be 4 halved some times"),
+        ({"start_context": 16}, "start_context is 16, but must be 8 halved"),
+        ({"start_batch_size": 1, "microbatches": 2}, "start_batch_size 1 does not split into 2 microbatches"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(config, **changes)
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(config):
@@ -311,7 +362,7 @@ def test_missing_data_is_named(config, tmp_path):
 
 
 def test_impossible_configurations_are_refused(config):
-    for option in ("lr", "eps", "max_grad_norm"):
+    for option in ("lr", "eps", "max_grad_norm", "decay_steps"):
         with pytest.raises(ValueError, match=f"{option} is -1"):
             OptimizerConfig(**{option: -1})
     for change in (

@@ -83,6 +83,9 @@ class Consolidate:
         path = self.checkpoint or latest_checkpoint(self.run)
         if path is None:
             raise FileNotFoundError(f"{self.run} has no checkpoint yet; train for longer")
+        if path.is_file():
+            print(f"{path} is one file already; cs336-basics generate --run {self.run} --checkpoint {path}")
+            return
         model = BasicsTransformerLM.from_config(config)
         optimizer = AdamW(model.parameters())
         checkpoint = Checkpoint(path, [name for name, _ in model.named_parameters()])

@@ -1,6 +1,7 @@
 """Under every strategy Assignment 1's loop has the losses of one process, and goes on from every checkpoint."""
 
 import json
+import re
 import shutil
 import warnings
 from contextlib import nullcontext
@@ -156,3 +157,24 @@ def test_bfloat16_weights_travel_and_the_loss_stays_close(config, single, worker
     workers.run(train_in_processes, 2, "fsdp", replace(config, run=run, precision="bfloat16"), options)
     for ours, theirs in zip(losses(run), single, strict=True):
         assert ours == pytest.approx(theirs, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp-bucketed"])
+def test_muon_where_gradients_are_whole(name, config, workers):
+    config = replace(config, optimizer=replace(config.optimizer, name="normuon"))
+    alone, run = config.run.with_name(f"muon-{name}"), config.run.with_name(f"muon-{name}-2")
+    train(replace(config, run=alone), Single("cpu", StrategyOptions()))
+    workers.run(train_in_processes, 2, name, replace(config, run=run))
+    for ours, theirs in zip(losses(run), losses(alone), strict=True):  # its products round in bfloat16
+        assert ours == pytest.approx(theirs, abs=1e-2)
+    shutil.copytree(run, other := run.with_name(f"{run.name}-resumed"))
+    (other / "checkpoints" / "step_00000006.pt").unlink()
+    workers.run(train_in_processes, 2, name, replace(config, run=other))
+    assert losses(other) == losses(run)
+
+
+@pytest.mark.parametrize("name", ["ddp+sharded-optimizer", "fsdp", "torch-fsdp2"])
+def test_muon_is_refused_where_they_are_not(name, config, workers):
+    config = replace(config, optimizer=replace(config.optimizer, name="muon"), run=config.run.with_name("muon-refused"))
+    with pytest.raises(Exception, match=f"strategy {re.escape(name)} shares out parameters, and Muon needs"):
+        workers.run(train_in_processes, 2, name, config)
