@@ -51,6 +51,24 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
             compile=True,
         ),
     ),
+    "owt-leaderboard": (
+        "the recipe of experiments/leaderboard.py for 1.5 hours of an H100 with Assignment 2's attention",
+        TrainConfig(
+            run=Path("runs/owt-leaderboard"),
+            train_data=Path("data/owt/train.npy"),
+            valid_data=Path("data/owt/valid.npy"),
+            model=ModelConfig(32_000, 512, 768, 12, 12, tie_embeddings=True, qk_norm=True),
+            optimizer=OptimizerConfig(
+                lr=4e-3, min_lr=0.0, warmup_steps=1_800, decay_steps=34_200, weight_decay=0.1, name="normuon"
+            ),
+            steps=36_000,
+            batch_size=128,
+            eval_every=2_000,
+            checkpoint_every=4_000,
+            precision="bfloat16",
+            compile=True,
+        ),
+    ),
     **{
         name: (
             f"a model of the shape of {name.replace('gpt2-', 'GPT-2 ')} with GPT-2's vocabulary; for a large GPU",

@@ -145,9 +145,9 @@ def test_a_run_against_the_clock(config, tmp_path):
     assert row["config"]["optimizer"]["warmup_steps"] == round(steps / 10)
     assert not (tmp_path / "runs/problem/clock/checkpoints").exists()
     assert run_here(run, tmp_path / "runs", tmp_path) == row
-    with pytest.raises(ValueError, match="0.001 s are too short for clock, whose step takes"):
+    with pytest.raises(ValueError, match=r"0\.001 s are too short for clock, whose step takes"):
         run_here(replace(run, seconds=0.001), tmp_path / "runs", tmp_path)
-    with pytest.raises(ModuleNotFoundError, match="FlashAttention is Assignment 2's"):
+    with pytest.raises(ModuleNotFoundError, match=r"FlashAttention is Assignment 2's"):
         run_here(replace(run, attention="flash"), tmp_path / "runs", tmp_path)
 
 

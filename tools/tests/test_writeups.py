@@ -38,6 +38,7 @@ TYPED = {
     "2.5": "tokens of the corpus", "2.2": "GB of the course's corpus, and passes over ours", "6.6": "passes over ours",
     "1.0": "a temperature, and tokens of 4000 batches of one", "8.2": "tokens of 4000 batches of eight",
     "0.9": "a top-p", "1.3": "a temperature", "1.6": "a learning rate",
+    "0.005": "the least gain that counts", "0.4": "seconds over the clock of 40",
     "0.01": "a rounding of differences that are shown", "0.03": "the same",
 }  # fmt: skip
 
