@@ -135,13 +135,13 @@ def ablations(results: Path) -> Figure:
 def batch_size(results: Path) -> Figure:
     """Loss against tokens and against time."""
     figure, (by_tokens, by_time) = _panels(2)
-    rows = _rows("batch_size_experiment", results)
+    rows = {name: row for name, row in _rows("batch_size_experiment", results).items() if row["steps_done"]}
     _curves(by_tokens, rows, "loss")
     for name, row in rows.items():
         by_time.plot(row["curve"]["seconds"], row["curve"]["loss"], label=name)
     by_tokens.set(ylabel="training loss", ylim=(1, 7))
     by_time.set(xlabel="seconds of training", ylim=(1, 7))
-    by_tokens.legend()
+    by_tokens.legend(ncols=2)
     return figure
 
 
