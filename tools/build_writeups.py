@@ -1,6 +1,6 @@
 """Build the write-ups with Typst. Their date is that of the last commit of what goes into them.
 
-The figures are drawn before, by `python -m experiments figures`; `make writeups` does both.
+The figures are drawn before, by `python -m experiments figures` and `cs336-systems figures`; `make writeups` does all.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import typst
 
 ROOT = Path(__file__).resolve().parent.parent
 #: The PDF -> the package that it is about.
-WRITEUPS = {"writeup1.pdf": "assignment1-basics"}
+WRITEUPS = {"writeup1.pdf": "assignment1-basics", "writeup2.pdf": "assignment2-systems"}
 
 
 def main() -> None:

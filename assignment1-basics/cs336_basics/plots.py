@@ -1,8 +1,47 @@
-"""Plots of runs."""
+"""Plots of runs, and the look of the figures in the write-ups."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cs336_basics.run_log import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#e0a030", "#6c4f8c", "#555555", "#2aa198", "#a0522d"]
+#: matplotlib's settings for figures of the write-ups.
+STYLE: dict[str, Any] = {
+    "font.family": "serif",
+    "font.serif": ["DejaVu Serif"],
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "lines.linewidth": 1.3,
+    "svg.hashsalt": "cs336",  # the names inside an SVG are random otherwise
+    "svg.fonttype": "path",
+}
+
+
+def save_figures(draw: Mapping[str, Callable[[], "Figure"]], folder: Path) -> None:
+    """Draw each figure in the write-ups' style into `<folder>/<name>.svg`, the same bytes at every call."""
+    import matplotlib
+    from cycler import cycler
+
+    matplotlib.use("Agg")  # files only: no display is needed
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
+    with plt.rc_context(style):
+        for name, draw_one in draw.items():
+            figure = draw_one()
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            plt.close(figure)
 
 
 def plot_loss(run: Path, destination: Path) -> None:

@@ -3,37 +3,17 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from cycler import cycler
-
-matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from cs336_basics.plots import save_figures
 from experiments.results import RESULTS, read_result
-
-STYLE: Any = {
-    "font.family": "serif",
-    "font.serif": ["DejaVu Serif"],
-    "font.size": 8.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "axes.prop_cycle": cycler(
-        color=["#1b6ca8", "#d1495b", "#3a7d44", "#e0a030", "#6c4f8c", "#555555", "#2aa198", "#a0522d"]
-    ),
-    "legend.frameon": False,
-    "legend.fontsize": 7.5,
-    "lines.linewidth": 1.3,
-    "svg.hashsalt": "cs336",  # the names inside an SVG are random otherwise
-    "svg.fonttype": "path",
-}
 
 
 @dataclass(frozen=True)
@@ -47,12 +27,7 @@ class Figures:
 
     def execute(self) -> None:
         """Draw."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        with plt.rc_context(STYLE):
-            for name, draw in FIGURES.items():
-                figure = draw(self.results)
-                figure.savefig(self.out / f"{name}.svg", metadata={"Date": None})
-                plt.close(figure)
+        save_figures({name: partial(draw, self.results) for name, draw in FIGURES.items()}, self.out)
 
 
 def _rows(problem: str, results: Path) -> dict[str, dict[str, Any]]:

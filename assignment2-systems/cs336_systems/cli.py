@@ -14,7 +14,9 @@ from cs336_systems.bench_flash import BenchFlash
 from cs336_systems.bench_fsdp import BenchFsdp
 from cs336_systems.bench_sharding import BenchSharding
 from cs336_systems.bench_step import BenchStep
+from cs336_systems.bucket_model import FitBuckets
 from cs336_systems.checkpointing import Checkpointing
+from cs336_systems.figures import Figures
 from cs336_systems.leaderboard import Leaderboard2025
 from cs336_systems.leaderboard_2026 import Leaderboard2026
 from cs336_systems.memory import Memory
@@ -39,6 +41,8 @@ Command = (
     | Annotated[BenchSharding, tyro.conf.subcommand("bench-sharding")]
     | Annotated[BenchFsdp, tyro.conf.subcommand("bench-fsdp")]
     | Annotated[Accounting, tyro.conf.subcommand("accounting")]
+    | Annotated[FitBuckets, tyro.conf.subcommand("fit-buckets")]
+    | Annotated[Figures, tyro.conf.subcommand("figures")]
 )
 
 

@@ -28,6 +28,8 @@ COMMANDS = [
     "bench-sharding",
     "bench-fsdp",
     "accounting",
+    "fit-buckets",
+    "figures",
 ]
 
 

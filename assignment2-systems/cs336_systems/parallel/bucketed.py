@@ -35,21 +35,24 @@ class BucketedDataParallel(OverlappedDataParallel):
         super().__init__(module, group)
 
     def _fill_buckets(self) -> list[Bucket]:
-        to_come = sum(parameter.nbytes for parameter in self.trainable)
-        buckets: list[Bucket] = []
-        size = limit = 0.0
-        for parameter in reversed(self.trainable):
-            same_dtype = buckets and buckets[-1][0].dtype == parameter.dtype
-            if not same_dtype or size + parameter.nbytes > limit:
-                buckets.append([])
-                size, limit = 0, self._limit(to_come)
-            buckets[-1].append(parameter)
-            size += parameter.nbytes
-            to_come -= parameter.nbytes
-        return buckets
+        return fill_buckets(self.trainable, self._bucket_size_mb)
 
-    def _limit(self, to_come: int) -> float:
-        """How many bytes the next bucket may hold, of those still to come."""
-        if self._bucket_size_mb == "auto":
-            return max(LEAST_MB * MB, SHARE * to_come)
-        return float("inf") if self._bucket_size_mb is None else self._bucket_size_mb * MB
+
+def fill_buckets(parameters: list[nn.Parameter], size_mb: float | Literal["auto"] | None) -> list[Bucket]:
+    """Parameters in reverse order, in buckets of that size; see `BucketedDataParallel`."""
+    to_come = sum(parameter.nbytes for parameter in parameters)
+    buckets: list[Bucket] = []
+    size = limit = 0.0
+    for parameter in reversed(parameters):
+        same_dtype = buckets and buckets[-1][0].dtype == parameter.dtype
+        if not same_dtype or size + parameter.nbytes > limit:
+            buckets.append([])
+            if size_mb == "auto":
+                limit = max(LEAST_MB * MB, SHARE * to_come)
+            else:
+                limit = float("inf") if size_mb is None else size_mb * MB
+            size = 0
+        buckets[-1].append(parameter)
+        size += parameter.nbytes
+        to_come -= parameter.nbytes
+    return buckets

@@ -1,0 +1,135 @@
+"""The figures of the write-up, drawn from `results/`."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cs336_basics.plots import save_figures
+from cs336_systems.accounting import ddp_overhead
+from cs336_systems.measure import OK, Row
+from cs336_systems.parallel.bucketed import MB
+
+RESULTS = Path(__file__).parent.parent / "results"
+#: How attentions are called in legends.
+NAMES = {
+    "flash": "ours", "plain": "plain", "sdpa-flash": "PyTorch, FlashAttention-2", "sdpa-cudnn": "PyTorch, cuDNN",
+    "flex": "FlexAttention",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Draw the figures of the write-up."""
+
+    out: Path = Path("writeup/figures")
+    """Folder of the SVG files."""
+    results: Path = RESULTS
+    """Folder of the results."""
+
+    def execute(self) -> None:
+        """Draw."""
+        save_figures({name: partial(draw, self.results) for name, draw in FIGURES.items()}, self.out)
+
+
+def all_reduce(results: Path) -> Figure:
+    """Bandwidth against message size."""
+    figure, (axes,) = _panels(1)
+    for name in ("bench_allreduce_nccl", "bench_allreduce"):
+        rows = _read(results, name)["rows"]
+        for backend, processes in dict.fromkeys((row["backend"], row["processes"]) for row in rows):
+            line = [row for row in rows if (row["backend"], row["processes"]) == (backend, processes)]
+            axes.loglog(
+                [row["size_MB"] for row in line], [row["bus_GB/s"] for row in line], marker="o", markersize=3.5,
+                label=f"{'NCCL' if backend == 'nccl' else backend}, {processes} processes",
+            )  # fmt: skip
+    axes.set(xlabel="message (MB)", ylabel="bus bandwidth (GB/s)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def buckets(results: Path) -> Figure:
+    """Overhead of DDP against the size of its buckets: measured, fitted, and by the course's formula."""
+    figure, (axes,) = _panels(1)
+    fit = _read(results, "bucket_fit")
+    sizes = [row["bucket_MB"] for row in fit["rows"]]
+    axes.semilogx(sizes, [row["measured_ms"] for row in fit["rows"]], "o", label="measured")
+    axes.semilogx(sizes, [row["predicted_ms"] for row in fit["rows"]], "x-", label="fitted")
+    finer = np.geomspace(sizes[0], sizes[-1], 60)
+    total, bandwidth = fit["total_bytes"], fit["bytes_per_second"]
+    course = [1e3 * ddp_overhead(total, bandwidth, fit["call_ms"] / 1e3, total / (size * MB)) for size in finer]
+    axes.semilogx(finer, course, "--", label="the course's formula, same o")
+    axes.axvline(fit["optimum_MB"], color="#999999", linewidth=0.7, linestyle=":")
+    axes.set(xlabel="bucket (MB of 2²⁰ bytes)", ylabel="beyond no communication (ms)", ylim=(0, 75))
+    axes.legend()
+    return figure
+
+
+def flash(results: Path) -> Figure:
+    """Speed of forward and backward pass against the length."""
+    rows = [row for row in _read(results, "bench_flash")["rows"] if row["status"] == OK and row["dtype"] == "bfloat16"]
+    dims = sorted({row["dim"] for row in rows})
+    figure, panels = _panels(len(dims), 2.6)
+    for axes, dim in zip(panels, dims):
+        for attention, label in NAMES.items():
+            line = [row for row in rows if row["dim"] == dim and row["attention"] == attention]
+            axes.loglog(
+                [row["seq"] for row in line], [row["both_TFLOP/s"] for row in line], marker="o", markersize=3, label=label
+            )
+        axes.set(xlabel="sequence length", title=f"d = {dim}")
+    panels[0].set_ylabel("TFLOP/s")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
+    return figure
+
+
+def roofline(results: Path) -> Figure:
+    """What the kernels reach at the 2025 leaderboard's shape, under the ceilings of the same run."""
+    figure, (axes,) = _panels(1)
+    result = _read(results, "leaderboard_2025")
+    flops_ceiling = result["ceilings"]["matmul_TFLOP/s"]
+    bandwidth = result["ceilings"]["copy_GB/s"] / 1e3  # TB/s
+    ridge = flops_ceiling / bandwidth
+    intensities = np.geomspace(10, 30_000, 50)
+    axes.loglog(intensities, np.minimum(flops_ceiling, bandwidth * intensities), color="black", linewidth=1)
+    axes.axvline(ridge, color="#999999", linewidth=0.7, linestyle=":")
+    for row in result["rows"]:
+        if row["status"] == OK:
+            flops = row["TFLOP/s"] * row["ms"] * 1e9
+            axes.plot([flops / row_bytes(row)], [row["TFLOP/s"]], "o", label=NAMES[row["attention"]])
+    axes.set(xlabel="FLOP per byte that must be moved", ylabel="TFLOP/s", ylim=(30, 1000))
+    axes.set_yticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
+    axes.minorticks_off()
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def row_bytes(row: Row, heads: int = 16, seq: int = 16_384, dim: int = 64) -> float:
+    """Bytes of device memory that a row of the 2025 leaderboard has to move at least, forward and backward.
+
+    Flash: Q, K, V in, O out; then Q, K, V, O, dO in, dQ, dK, dV out. Plain: besides, the scores, after the mask and
+    after the softmax, out and in, twice in the forward pass and three times in the backward pass.
+    """
+    inputs = heads * seq * dim * 2
+    squares = heads * seq * seq * 2 if row["attention"] == "plain" else 0
+    return 12 * inputs + (4 + 6) * squares
+
+
+def _read(results: Path, name: str) -> dict[str, Any]:
+    return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _panels(count: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(1, count, figsize=(6.6, height), layout="constrained", squeeze=False)
+    return figure, [*axes[0]]
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {
+    draw.__name__: draw for draw in (all_reduce, buckets, flash, roofline)
+}
