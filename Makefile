@@ -45,8 +45,9 @@ test: setup .venv/.synced ## run the CPU tests of every package
 	@$(BASICS)/.venv/bin/python -m pytest -q tools/tests
 	@for package in $(PACKAGES); do (cd $$package && $(RUN) pytest -q) || exit 1; done
 
-writeups: $(BASICS)/.venv/.synced .venv/.synced ## build writeup1.pdf from results/
+writeups: $(SYNCED_$(BASICS)) $(SYNCED_$(SYSTEMS)) .venv/.synced ## build writeup1.pdf and writeup2.pdf from results/
 	@cd $(BASICS) && $(RUN) python -m experiments figures
+	@cd $(SYSTEMS) && $(RUN) python -m benchmarks.figures
 	@.venv/bin/python tools/build_writeups.py
 
 lint: setup .venv/.synced ## check style and types

@@ -97,11 +97,10 @@ class FitBuckets(Measurement):
         ddp, all_reduce = (json.loads(path.read_text(encoding="utf-8")) for path in (self.ddp, self.all_reduce))
         fitted = fit(ddp, all_reduce)
         file = self.result_file("overhead model of bucketed DDP", torch.device("cpu"), of=ddp["device"])
-        columns = (fitted.bucket_mb, fitted.messages, fitted.last_bytes, fitted.measured_ms, fitted.predicted_ms())
-        rows = [
-            {"bucket_MB": size, "messages": n, "last_MB": last / 1e6, "measured_ms": measured, "predicted_ms": predicted}
-            for size, n, last, measured, predicted in zip(*columns)
-        ]
+        last_mb = [last / 1e6 for last in fitted.last_bytes]
+        names = ("bucket_MB", "messages", "last_MB", "measured_ms", "predicted_ms")
+        columns = (fitted.bucket_mb, fitted.messages, last_mb, fitted.measured_ms, fitted.predicted_ms())
+        rows = [dict(zip(names, row)) for row in zip(*columns)]
         unknowns = {key: asdict(fitted)[key] for key in ("total_bytes", "bytes_per_second", "call_ms", "slowdown_ms")}
         unknowns["optimum_MB"] = fitted.optimum_mb()
         file.write(rows, **unknowns)

@@ -16,7 +16,6 @@ from cs336_systems.bench_sharding import BenchSharding
 from cs336_systems.bench_step import BenchStep
 from cs336_systems.bucket_model import FitBuckets
 from cs336_systems.checkpointing import Checkpointing
-from cs336_systems.figures import Figures
 from cs336_systems.leaderboard import Leaderboard2025
 from cs336_systems.leaderboard_2026 import Leaderboard2026
 from cs336_systems.memory import Memory
@@ -42,7 +41,6 @@ Command = (
     | Annotated[BenchFsdp, tyro.conf.subcommand("bench-fsdp")]
     | Annotated[Accounting, tyro.conf.subcommand("accounting")]
     | Annotated[FitBuckets, tyro.conf.subcommand("fit-buckets")]
-    | Annotated[Figures, tyro.conf.subcommand("figures")]
 )
 
 

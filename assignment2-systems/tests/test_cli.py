@@ -29,7 +29,6 @@ COMMANDS = [
     "bench-fsdp",
     "accounting",
     "fit-buckets",
-    "figures",
 ]
 
 

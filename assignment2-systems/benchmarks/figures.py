@@ -1,14 +1,14 @@
-"""The figures of the write-up, drawn from `results/`."""
+"""The figures of the write-up, drawn from `results/`: `python -m benchmarks.figures`."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -23,20 +23,6 @@ NAMES = {
     "flash": "ours", "plain": "plain", "sdpa-flash": "PyTorch, FlashAttention-2", "sdpa-cudnn": "PyTorch, cuDNN",
     "flex": "FlexAttention",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Draw the figures of the write-up."""
-
-    out: Path = Path("writeup/figures")
-    """Folder of the SVG files."""
-    results: Path = RESULTS
-    """Folder of the results."""
-
-    def execute(self) -> None:
-        """Draw."""
-        save_figures({name: partial(draw, self.results) for name, draw in FIGURES.items()}, self.out)
 
 
 def all_reduce(results: Path) -> Figure:
@@ -80,9 +66,8 @@ def flash(results: Path) -> Figure:
     for axes, dim in zip(panels, dims):
         for attention, label in NAMES.items():
             line = [row for row in rows if row["dim"] == dim and row["attention"] == attention]
-            axes.loglog(
-                [row["seq"] for row in line], [row["both_TFLOP/s"] for row in line], marker="o", markersize=3, label=label
-            )
+            lengths, speeds = [row["seq"] for row in line], [row["both_TFLOP/s"] for row in line]
+            axes.loglog(lengths, speeds, marker="o", markersize=3, label=label)
         axes.set(xlabel="sequence length", title=f"d = {dim}")
     panels[0].set_ylabel("TFLOP/s")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
@@ -130,6 +115,18 @@ def _panels(count: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
     return figure, [*axes[0]]
 
 
-FIGURES: dict[str, Callable[[Path], Figure]] = {
-    draw.__name__: draw for draw in (all_reduce, buckets, flash, roofline)
-}
+FIGURES: dict[str, Callable[[Path], Figure]] = {draw.__name__: draw for draw in (all_reduce, buckets, flash, roofline)}
+
+
+def main(out: Path = Path("writeup/figures"), results: Path = RESULTS) -> None:
+    """Draw the figures of the write-up.
+
+    Args:
+        out: folder of the SVG files.
+        results: folder of the results.
+    """
+    save_figures({name: partial(draw, results) for name, draw in FIGURES.items()}, out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
