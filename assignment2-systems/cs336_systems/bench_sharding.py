@@ -74,7 +74,7 @@ def measure_sharding(
     return run_cases(process, cases, measure, partial(summarize, options), file)
 
 
-def measure_memory_and_time(config: ParallelConfig, process: Process, options: BenchSharding) -> Row:
+def measure_memory_and_time(config: ParallelConfig, process: Process, options: ParallelMeasurement) -> Row:
     """Memory at three moments, bytes of state and times of steps, in this process.
 
     Memory is that of a later step, when the optimizer has its state.

@@ -21,6 +21,7 @@ from cs336_systems.leaderboard_2026 import Leaderboard2026
 from cs336_systems.memory import Memory
 from cs336_systems.mixed_precision import MixedPrecision
 from cs336_systems.profiling import Profile
+from cs336_systems.scaling import Scaling
 from cs336_systems.train import Consolidate, Train
 
 Command = (
@@ -39,6 +40,7 @@ Command = (
     | Annotated[BenchDdp, tyro.conf.subcommand("bench-ddp")]
     | Annotated[BenchSharding, tyro.conf.subcommand("bench-sharding")]
     | Annotated[BenchFsdp, tyro.conf.subcommand("bench-fsdp")]
+    | Annotated[Scaling, tyro.conf.subcommand("scaling")]
     | Annotated[Accounting, tyro.conf.subcommand("accounting")]
     | Annotated[FitBuckets, tyro.conf.subcommand("fit-buckets")]
 )

@@ -60,8 +60,6 @@ PUBLIC_S = {"naive baseline": 10.0, "best": 3.84}
 LEARNING_RATE = 1e-5
 #: So small that it does not matter: Assignment 1's AdamW adds it before its correction of the bias, PyTorch's after.
 EPS = 1e-12
-#: For all processes of a contestant together.
-TIMEOUT_S = 1200.0
 FLOAT32_BYTES = 4
 GB = 1e9
 
@@ -99,6 +97,8 @@ class Leaderboard2026(Measurement):
     """Steps before the clock starts; the first compiles."""
     steps: int = 4
     """Steps that are timed."""
+    timeout_s: float = 1200.0
+    """For all processes of a contestant together."""
     name: str = "leaderboard_2026"
 
     def execute(self) -> None:
@@ -176,7 +176,9 @@ def leaderboard_rows(options: Leaderboard2026, device: torch.device, file: Resul
         for contestant in options.contestants:
             start(contestant)
             row: Row = {"contestant": contestant} | _predictions(options, contestant, device)
-            parts = run_or_out_of_memory(measure_contestant, options.processes, device, options, contestant)
+            parts = run_or_out_of_memory(
+                measure_contestant, options.processes, device, options, contestant, timeout_s=options.timeout_s
+            )
             row |= {"status": OUT_OF_MEMORY} if parts is None else {"status": OK} | _summary(parts, options)
             rows.append(row)
             _compare_losses(rows)
@@ -459,7 +461,7 @@ def _matmul_teraflops(device: torch.device) -> float:
 
 
 def run_or_out_of_memory(
-    function: Callable[..., Row], world_size: int, device: torch.device, *args: Any
+    function: Callable[..., Row], world_size: int, device: torch.device, *args: Any, timeout_s: float
 ) -> list[Row] | None:
     """Call `function(process, *args)` in new processes; None if memory ran out in any of them.
 
@@ -470,7 +472,7 @@ def run_or_out_of_memory(
         note = Path(folder) / "out_of_memory"
         try:
             return run_processes(
-                _ends_without_memory, world_size, function, note, args, device=device.type, timeout_s=TIMEOUT_S
+                _ends_without_memory, world_size, function, note, args, device=device.type, timeout_s=timeout_s
             )
         except (mp.ProcessRaisedException, mp.ProcessExitedException):
             if note.exists():

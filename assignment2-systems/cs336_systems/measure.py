@@ -261,11 +261,11 @@ class ResultFile:
 
     def __init__(self, folder: Path, name: str, what: str, device: torch.device, **extra: Any) -> None:
         self.path = folder / f"{name}.json"
-        self._head = {"what": what, **environment(device), **extra}
+        self.head = {"what": what, **environment(device), **extra}
 
     def write(self, rows: list[Row], **extra: Any) -> None:
         """Write the file anew."""
-        write_atomically(self.path, json.dumps({**self._head, **extra, "rows": rows}, indent=1) + "\n")
+        write_atomically(self.path, json.dumps({**self.head, **extra, "rows": rows}, indent=1) + "\n")
 
     def announce(self) -> None:
         """Say where the file is."""

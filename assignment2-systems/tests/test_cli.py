@@ -27,6 +27,7 @@ COMMANDS = [
     "bench-ddp",
     "bench-sharding",
     "bench-fsdp",
+    "scaling",
     "accounting",
     "fit-buckets",
 ]

@@ -80,7 +80,7 @@ def test_a_row_is_that_of_the_slowest_process(monkeypatch, tmp_path):
     """By hand: steps take 9, 3 and 4 s, of which the first is warm-up; a mean product reaches 2 MFLOP/s."""
     options = Leaderboard2026(out=tmp_path, **TINY)
     outcomes = iter([PARTS, None])
-    monkeypatch.setattr(leaderboard_2026, "run_or_out_of_memory", lambda *args: next(outcomes))
+    monkeypatch.setattr(leaderboard_2026, "run_or_out_of_memory", lambda *_, **__: next(outcomes))
     file = options.result_file("what", CPU)
     ours, torchs = leaderboard_2026.leaderboard_rows(options, CPU, file)
     # A block: 4 * 32² + 3 * 32 * 48 weights; the head: 32 * 96. Attention: 2 heads, 24²/2 pairs, 2 products of 16.
@@ -108,7 +108,7 @@ def one_runs_out_of_memory(process, which):
 def test_out_of_memory_on_any_process_hangs_nobody(monkeypatch):
     started = functools.partial(run_processes, start_method=START_METHOD)
     monkeypatch.setattr(leaderboard_2026, "run_processes", started)
-    assert run_or_out_of_memory(one_runs_out_of_memory, 2, CPU, 1) is None
+    assert run_or_out_of_memory(one_runs_out_of_memory, 2, CPU, 1, timeout_s=120) is None
 
 
 def test_other_failures_are_not_taken_for_it(tmp_path):
