@@ -37,7 +37,8 @@ def main() -> None:
 
 def commit_date(package: Path) -> datetime.datetime:
     """When the write-up's sources last changed; without git, 1980."""
-    sources = [package / "writeup", package / "results", ROOT / "tools" / "writeup"]
+    figures = [*package.glob("*/figures.py"), ROOT / "assignment1-basics" / "cs336_basics" / "plots.py"]
+    sources = [package / "writeup", package / "results", ROOT / "tools" / "writeup", *figures]
     try:
         command = ["git", "log", "-1", "--format=%ct", "--", *map(str, sources)]
         stamp = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

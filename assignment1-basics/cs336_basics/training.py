@@ -148,6 +148,12 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} {getattr(self, name)} does not split into {self.microbatches} microbatches of one size"
                 )
+        options = self.optimizer
+        if options.decay_steps is not None and options.warmup_steps + options.decay_steps > self.steps + 1:
+            raise ValueError(
+                f"warmup_steps {options.warmup_steps} and decay_steps {options.decay_steps} do not fit into "
+                f"{self.steps} steps; lower them, too"
+            )
         for name, first, last in (
             ("start_batch_size", self.start_batch_size, self.batch_size),
             ("start_context", self.start_context, self.model.context_length),
@@ -219,6 +225,7 @@ def train(
     torch.manual_seed(config.seed)
     unwrapped = BasicsTransformerLM.from_config(config.model, causal_attention=causal_attention)
     if config.compile:
+        _allow_shapes(config)
         unwrapped.compile(dynamic=False)  # in place: the names in the state dict stay as they are
     model = strategy.wrap_model(unwrapped)
     options = config.optimizer
@@ -378,6 +385,15 @@ class _Loop:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.strategy.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+
+def _allow_shapes(config: TrainConfig) -> None:
+    """Let torch.compile compile for every shape of a growing batch; beyond its limit it would leave code as it is."""
+    import torch._dynamo
+
+    shapes = len({config.windows(step) for step in range(1, config.steps + 1)})
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * (shapes + 1))  # with and without gradients, and to spare
 
 
 @contextmanager

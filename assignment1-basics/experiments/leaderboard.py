@@ -17,7 +17,7 @@ from experiments.sweep import Run, run_here
 
 #: Steps that configurations below are written for; a run against the clock stretches them.
 STEPS = 1000
-#: By how much, in nats, a change has to lower the loss to be kept: what the same run twice may differ by.
+#: By how much, in nats, a change has to lower the loss to be kept. The same run twice may differ by 0.01.
 LEAST_GAIN = 0.005
 
 #: Changes, tried in this order. Keys are fields of `TrainConfig`, with "model." or "optimizer." before those of its
@@ -137,7 +137,12 @@ class Leaderboard:
 
     def climb(self, recipe: Recipe) -> Recipe:
         """The recipe that the ladder ends with."""
-        best = run_here(recipe.run("leaderboard", "baseline", self.seconds), self.runs, self.out)["valid_loss"]
+        first = run_here(recipe.run("leaderboard", "baseline", self.seconds), self.runs, self.out)
+        if first["status"] != "finished":
+            raise ValueError(
+                f"the baseline is {first['status']}, and nothing can be compared with it; change --seconds"
+            )
+        best = first["valid_loss"]
         for name, changes in list(LADDER.items())[: self.last]:
             candidate = recipe.changed(changes)
             if candidate == recipe:  # it has come in with a change before

@@ -77,7 +77,7 @@ def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minu
                 continue
             kept = [other for other in rows[run.problem] if other["name"] != run.name]
             rows[run.problem] = sorted([*kept, row], key=lambda row: order.get((run.problem, row["name"]), -1))
-            write_result(run.problem, f"models trained for {run.problem}", {"rows": rows[run.problem]}, results)
+            _write(run.problem, rows[run.problem], results)
             progress.console.print(_line(run, row), highlight=False)
             progress.advance(task)
     left = [run for run in runs if not _is_done(run, rows[run.problem])]
@@ -94,7 +94,7 @@ def run_here(run: Run, folder: Path, results: Path) -> dict[str, Any]:
     row = _train(run, 1, float("inf"))
     assert row is not None
     rows = [*(other for other in rows if other["name"] != run.name), row]
-    write_result(run.problem, f"models trained for {run.problem}", {"rows": rows}, results)
+    _write(run.problem, rows, results)
     print(_line(run, row))
     return row
 
@@ -119,6 +119,12 @@ def summary(config: TrainConfig) -> dict[str, Any]:
 
 def _rows(problem: str, results: Path) -> list[dict[str, Any]]:
     return read_result(problem, results)["rows"] if (results / f"{problem}.json").exists() else []
+
+
+def _write(problem: str, rows: list[dict[str, Any]], results: Path) -> None:
+    """Write the rows; the file says on which devices they were measured, not where it was written."""
+    devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
+    write_result(problem, f"models trained for {problem}", {"device": devices, "rows": rows}, results)
 
 
 def _is_done(run: Run, rows: list[dict[str, Any]]) -> bool:
@@ -200,8 +206,10 @@ def _attention(name: Attention) -> CausalAttention | None:
         return None
     try:
         from cs336_systems.flash_attention import flash_attention
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
+    except ModuleNotFoundError as error:
+        if error.name != "cs336_systems":
+            raise
+        raise ValueError(
             "FlashAttention is Assignment 2's, which is not installed here; put assignment2-systems on PYTHONPATH"
         ) from None
     return flash_attention

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -318,9 +319,37 @@ def test_growth_of_batch_and_context(config, tmp_path):
         ({"start_batch_size": 3}, "start_batch_size is 3, but must be 4 halved some times"),
         ({"start_context": 16}, "start_context is 16, but must be 8 halved"),
         ({"start_batch_size": 1, "microbatches": 2}, "start_batch_size 1 does not split into 2 microbatches"),
+        (
+            {"optimizer": dataclasses.replace(config.optimizer, decay_steps=21)},
+            "warmup_steps 5 and decay_steps 21 do not fit into 24 steps; lower them, too",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(config, **changes)
+
+
+COUNT_COMPILED = """
+import functools, pickle, sys, torch
+from cs336_basics.training import train
+
+calls = []
+def counting(graph, _):
+    return lambda *arguments: calls.append(graph) or graph(*arguments)
+
+torch.compile = functools.partial(torch.compile, backend=counting)
+train(pickle.loads(bytes.fromhex(sys.argv[1])))
+print("compiled", len({*calls}), len(calls))
+"""
+
+
+def test_every_shape_of_a_growing_batch_is_compiled(config):
+    """Beyond its limit torch.compile leaves code as it is, and says so in a log only."""
+    grows = dataclasses.replace(config, batch_size=512, start_batch_size=1, compile=True, steps=20, eval_every=20)
+    command = [sys.executable, "-c", COUNT_COMPILED, pickle.dumps(grows).hex()]  # here annotations are checked, too
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    graphs, calls = map(int, output.split("compiled ")[1].split())
+    assert graphs >= 2 * 10  # the model and the loss, for batches of 1 to 512
+    assert calls >= 2 * 20  # in each step
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(config):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from cs336_basics.plots import save_figures
 from cs336_systems.accounting import ddp_overhead
-from cs336_systems.measure import OK, Row
+from cs336_systems.measure import OK
 from cs336_systems.parallel.bucketed import MB
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -87,7 +87,7 @@ def roofline(results: Path) -> Figure:
     for row in result["rows"]:
         if row["status"] == OK:
             flops = row["TFLOP/s"] * row["ms"] * 1e9
-            axes.plot([flops / row_bytes(row)], [row["TFLOP/s"]], "o", label=NAMES[row["attention"]])
+            axes.plot([flops / flash_bytes()], [row["TFLOP/s"]], "o", label=NAMES[row["attention"]])
     axes.set(xlabel="FLOP per byte that must be moved", ylabel="TFLOP/s", ylim=(30, 1000))
     axes.set_yticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
     axes.minorticks_off()
@@ -95,15 +95,9 @@ def roofline(results: Path) -> Figure:
     return figure
 
 
-def row_bytes(row: Row, heads: int = 16, seq: int = 16_384, dim: int = 64) -> float:
-    """Bytes of device memory that a row of the 2025 leaderboard has to move at least, forward and backward.
-
-    Flash: Q, K, V in, O out; then Q, K, V, O, dO in, dQ, dK, dV out. Plain: besides, the scores, after the mask and
-    after the softmax, out and in, twice in the forward pass and three times in the backward pass.
-    """
-    inputs = heads * seq * dim * 2
-    squares = heads * seq * seq * 2 if row["attention"] == "plain" else 0
-    return 12 * inputs + (4 + 6) * squares
+def flash_bytes(heads: int = 16, seq: int = 16_384, dim: int = 64) -> float:
+    """Bytes that the 2025 leaderboard's step moves at least: Q, K, V in, O out; Q, K, V, O, dO in, dQ, dK, dV out."""
+    return 12 * heads * seq * dim * 2
 
 
 def _read(results: Path, name: str) -> dict[str, Any]:

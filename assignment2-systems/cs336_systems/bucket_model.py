@@ -97,13 +97,14 @@ class FitBuckets(Measurement):
         ddp, all_reduce = (json.loads(path.read_text(encoding="utf-8")) for path in (self.ddp, self.all_reduce))
         fitted = fit(ddp, all_reduce)
         file = self.result_file("overhead model of bucketed DDP", torch.device("cpu"), of=ddp["device"])
-        last_mb = [last / 1e6 for last in fitted.last_bytes]
-        names = ("bucket_MB", "messages", "last_MB", "measured_ms", "predicted_ms")
+        last_mb = [last / MB for last in fitted.last_bytes]
+        names = ("bucket_MB", "messages", "last_bucket_MB", "measured_ms", "predicted_ms")
         columns = (fitted.bucket_mb, fitted.messages, last_mb, fitted.measured_ms, fitted.predicted_ms())
         rows = [dict(zip(names, row)) for row in zip(*columns)]
         unknowns = {key: asdict(fitted)[key] for key in ("total_bytes", "bytes_per_second", "call_ms", "slowdown_ms")}
         unknowns["optimum_MB"] = fitted.optimum_mb()
+        unknowns["shrinking_messages"] = len(fill_buckets(gradients_of(ddp), "auto"))
         file.write(rows, **unknowns)
         show("overhead beyond no communication", rows)
-        show("bytes, bandwidth, cost of a message, slow-down, and the best bucket by the course's model", [unknowns])
+        show("the model's numbers; the best bucket by the course's; messages of buckets that shrink", [unknowns])
         file.announce()

@@ -44,6 +44,8 @@ Part = Literal["all-reduce", "weak", "strong", "optimizer-state", "8B"]
 Variant = Literal["none", "bucketed", "torch-ddp", "fsdp", "fully-shard"]
 #: What a row is of.
 SET = ("part", "processes", "contestant")
+#: Where a row comes from, since sets may be measured on different days.
+ORIGIN = ("date", "commit", "torch")
 MEMORY = ("peak_GB", "held_GB")
 LABELS = {
     "bucketed": "our DDP", "torch-ddp": "PyTorch's DDP", "fsdp": "our FSDP", "fully-shard": "PyTorch's FSDP2",
@@ -105,8 +107,9 @@ class Scaling(Measurement):
             raise ValueError(
                 f"--strong-batch {self.strong_batch} does not split over {odd[0]} processes; choose another"
             )
-        settings = {name: getattr(self, name) for name in ("size", "context", "mode", "optimizer", "steps")}
-        settings |= {"weak_batch": self.weak_batch, "strong_batch": self.strong_batch}
+        names = ("size", "context", "weak_batch", "strong_batch", "mode", "optimizer", "warmup", "steps")
+        settings = {name: getattr(self, name) for name in names}
+        settings |= {"variants": list(self.variants), "sizes_mb": list(self.sizes_mb)}
         file = self.result_file("scaling over the GPUs of a machine", device, **settings)
         rows = measured_before(file, settings)
         left = self.measure(device, rows, file)
@@ -115,7 +118,10 @@ class Scaling(Measurement):
         file.announce()
         print(f"written: {self.out / f'{self.name}.png'}")
         if left:
-            print(f"not measured within {self.minutes:g} minutes: {', '.join(left)}; the same command goes on there")
+            print(
+                f"not measured within {self.minutes:g} minutes: {', '.join(left)}; the same command goes on there "
+                "(with more --minutes, if it does not get on)"
+            )
 
     def measure(self, device: torch.device, rows: list[Row], file: ResultFile) -> list[str]:
         """Measure the sets that `rows` lacks, and add them; returns what time did not suffice for."""
@@ -137,7 +143,7 @@ class Scaling(Measurement):
                 left.append(what)
                 continue
             longest[a_set["part"]] = max(longest.get(a_set["part"], 0.0), time.monotonic() - began)
-            rows += [a_set | row for row in new]
+            rows += [a_set | row | {key: file.head[key] for key in ORIGIN} for row in new]
             _compare(rows)
             file.write(rows)
             print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
@@ -153,6 +159,8 @@ class Scaling(Measurement):
                 counts = self.all_reduce_processes or sorted({*counts, *([6] if gpus >= 6 else [])})
             for count in counts:
                 a_set = {"part": part, "processes": count}
+                if part in ("weak", "strong") and count == 1 and "none" not in self.variants:
+                    continue
                 yield from [a_set | {"contestant": who} for who in self.contestants] if part == "8B" else [a_set]
 
     def measure_set(self, a_set: Row, device: torch.device, seconds: float, file: ResultFile) -> list[Row]:
@@ -269,7 +277,8 @@ def plot(rows: list[Row], destination: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, ((bandwidth, state), (weak, strong)) = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    of = {part: [row for row in rows if row["part"] == part and row["status"] == OK] for part in get_args(Part)}
+    rows = sorted((row for row in rows if row["status"] == OK), key=lambda row: row["processes"])
+    of = {part: [row for row in rows if row["part"] == part] for part in get_args(Part)}
     for count in dict.fromkeys(row["processes"] for row in of["all-reduce"]):
         line = [row for row in of["all-reduce"] if row["processes"] == count]
         bandwidth.loglog(

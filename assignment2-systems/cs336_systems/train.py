@@ -1,6 +1,7 @@
 """One training command from a laptop to a cluster: Assignment 1's loop under a strategy, alone or under torchrun."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -36,7 +37,7 @@ class Train:
     attention: AttentionName = gpu_or_cpu("flash", "plain")
     """plain: Assignment 1's. flash: ours, for a GPU. flash-pytorch: its reference. sdpa-*, flex: PyTorch's."""
     fused_optimizer: bool = gpu_or_cpu(True, False)
-    """AdamW in one kernel in place of Assignment 1's; needs a GPU. Not for torch-fsdp2."""
+    """AdamW in one kernel in place of Assignment 1's; needs a GPU. Not for torch-fsdp2, and not within Muon."""
     bucket_size_mb: float | None = None
     """ddp-bucketed, ddp+sharded-optimizer: MB (2^20 bytes) of gradients in a message. None: they shrink."""
     backend: Backend = "auto"
@@ -83,8 +84,12 @@ class Consolidate:
         path = self.checkpoint or latest_checkpoint(self.run)
         if path is None:
             raise FileNotFoundError(f"{self.run} has no checkpoint yet; train for longer")
-        if path.is_file():
-            print(f"{path} is one file already; cs336-basics generate --run {self.run} --checkpoint {path}")
+        output = self.output or self.run / "consolidated.pt"
+        if path.is_file():  # of a strategy without shares
+            unfinished = output.with_name(output.name + ".tmp")
+            shutil.copyfile(path, unfinished)
+            unfinished.replace(output)
+            self._announce(output)
             return
         model = BasicsTransformerLM.from_config(config)
         optimizer = AdamW(model.parameters())
@@ -92,8 +97,10 @@ class Consolidate:
         checkpoint.load_model(model, {})
         checkpoint.load_optimizer(model, optimizer, {})
         header = dict(checkpoint.header)
-        output = self.output or self.run / "consolidated.pt"
         save_checkpoint(model, optimizer, header.pop("iteration"), output, **header)
+        self._announce(output)
+
+    def _announce(self, output: Path) -> None:
         print(f"written: {output}; cs336-basics generate --run {self.run} --checkpoint {output}")
 
 

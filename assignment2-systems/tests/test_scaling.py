@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cs336_systems import scaling
 from cs336_systems.scaling import Scaling
@@ -44,6 +45,7 @@ def test_all_parts_and_no_set_twice(here, tmp_path, capsys):
     command.execute()
     rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
     assert {row["status"] for row in rows} == {"ok"}
+    assert all(row["torch"] == torch.__version__.split("+")[0] for row in rows)
     assert here == [2, 4, 1, 2, 4, 1, 2, 4, 2, 4, 2, 4]
     for part in ("weak", "strong"):
         of_part = [row for row in rows if row["part"] == part]
@@ -70,6 +72,8 @@ def test_all_parts_and_no_set_twice(here, tmp_path, capsys):
     assert json.loads((tmp_path / "scaling.json").read_text())["rows"] == rows
     with pytest.raises(ValueError, match=r"scaling\.json has rows of context 16, not 8; choose another --name"):
         Scaling(processes=(1,), out=tmp_path, **SMALL | {"context": 8}).execute()
+    with pytest.raises(ValueError, match="has rows of variants"):
+        Scaling(processes=(1,), variants=("none",), out=tmp_path, **SMALL).execute()
     assert "efficiency" in capsys.readouterr().out
 
 

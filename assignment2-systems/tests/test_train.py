@@ -134,6 +134,14 @@ def test_consolidate_makes_what_generate_reads(config, workers, capsys):
     assert read_checkpoint(config.run / "consolidated.pt")["iteration"] == 4
 
 
+def test_consolidate_copies_what_is_one_file(config, tmp_path, capsys):
+    Train(replace(config, optimizer=replace(config.optimizer, name="muon"))).execute()
+    Consolidate(config.run, output=tmp_path / "copy.pt").execute()
+    assert "copy.pt; cs336-basics generate" in capsys.readouterr().out
+    checkpoint = config.run / "checkpoints" / "step_00000004.pt"
+    assert (tmp_path / "copy.pt").read_bytes() == checkpoint.read_bytes()
+
+
 def test_consolidate_needs_a_checkpoint(config):
     config.run.mkdir()
     with pytest.raises(FileNotFoundError, match="train a model first"):
