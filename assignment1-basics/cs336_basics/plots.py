@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cs336_basics.run_log import read_metrics
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#e0a030", "#6c4f8c", "#555555", "#2aa198", "#a0522d"]
@@ -25,6 +26,14 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "cs336",  # the names inside an SVG are random otherwise
     "svg.fonttype": "path",
 }
+
+
+def panels(count: int, height: float = 2.3) -> tuple["Figure", list["Axes"]]:
+    """A figure of the write-ups' width, in inches, with so many axes side by side."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, count, figsize=(6.6, height), layout="constrained", squeeze=False)
+    return figure, [*axes[0]]
 
 
 def save_figures(draw: Mapping[str, Callable[[], "Figure"]], folder: Path) -> None:

@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from cs336_basics.plots import save_figures
+from cs336_basics.plots import panels, save_figures
 from experiments.results import RESULTS, read_result
 
 
@@ -34,12 +33,7 @@ def _rows(problem: str, results: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in read_result(problem, results)["rows"]}
 
 
-def _panels(count: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
-    figure, axes = plt.subplots(1, count, figsize=(6.6, height), layout="constrained", squeeze=False)
-    return figure, [*axes[0]]
-
-
-def _curves(axes: Axes, rows: dict[str, dict[str, Any]], kind: str, smooth: bool = False) -> None:
+def _curves(axes: Axes, rows: dict[str, dict[str, Any]], kind: str) -> None:
     for label, row in rows.items():
         if kind == "valid_loss":
             per_step = row["config"]["batch_size"] * row["config"]["model"]["context_length"]
@@ -53,7 +47,7 @@ def _curves(axes: Axes, rows: dict[str, dict[str, Any]], kind: str, smooth: bool
 
 def token_budget(results: Path) -> Figure:
     """Validation and training loss for four lengths of training."""
-    figure, (valid, train) = _panels(2)
+    figure, (valid, train) = panels(2)
     rows = _rows("token_budget", results)
     _curves(valid, rows, "valid_loss")
     _curves(train, rows, "loss")
@@ -65,7 +59,7 @@ def token_budget(results: Path) -> Figure:
 
 def learning_rate(results: Path) -> Figure:
     """Curves of the sweep, and where they end against the learning rate."""
-    figure, (curves, ends) = _panels(2)
+    figure, (curves, ends) = panels(2)
     rows = _rows("learning_rate", results)
     finished = {name: row for name, row in rows.items() if row["status"] == "finished"}
     diverged = {name: row for name, row in rows.items() if row["status"] != "finished"}
@@ -87,7 +81,7 @@ def learning_rate(results: Path) -> Figure:
 
 def ablations(results: Path) -> Figure:
     """Validation against training loss of every run, which tells fitting from generalising."""
-    figure, (points, curves) = _panels(2)
+    figure, (points, curves) = panels(2)
     rows = _rows("ablations", results)
     for kind in ("baseline", "post-norm", "NoPE", "SiLU"):
         ends = [row for name, row in rows.items() if name.startswith(f"{kind}, seed") and row["valid_loss"] < 4]
@@ -109,7 +103,7 @@ def ablations(results: Path) -> Figure:
 
 def batch_size(results: Path) -> Figure:
     """Loss against tokens and against time."""
-    figure, (by_tokens, by_time) = _panels(2)
+    figure, (by_tokens, by_time) = panels(2)
     rows = {name: row for name, row in _rows("batch_size_experiment", results).items() if row["steps_done"]}
     _curves(by_tokens, rows, "loss")
     for name, row in rows.items():
@@ -122,7 +116,7 @@ def batch_size(results: Path) -> Figure:
 
 def main_experiment(results: Path) -> Figure:
     """The same model on two corpora."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     small, broad = _rows("token_budget", results)["1250 steps"], _rows("main_experiment", results)["lr 0.004"]
     _curves(axes, {"TinyStories, training": small, "Wikipedia, training": broad}, "loss")
     _curves(axes, {"TinyStories, validation": small, "Wikipedia, validation": broad}, "valid_loss")
@@ -133,7 +127,7 @@ def main_experiment(results: Path) -> Figure:
 
 def toy_sgd(results: Path) -> Figure:
     """Loss against the step for each learning rate."""
-    figure, (axes,) = _panels(1, 1.9)
+    figure, (axes,) = panels(1, 1.9)
     for row in read_result("learning_rate_tuning", results)["rows"]:
         axes.semilogy(row["losses"], marker="o", markersize=3, label=f"{row['lr']:g}")
     axes.set(xlabel="step", ylabel="loss")

@@ -6,13 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cs336_basics.plots import save_figures
+from cs336_basics.plots import panels, save_figures
 from cs336_systems.accounting import ddp_overhead
 from cs336_systems.measure import OK
 from cs336_systems.parallel.bucketed import MB
@@ -27,7 +25,7 @@ NAMES = {
 
 def all_reduce(results: Path) -> Figure:
     """Bandwidth against message size."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     for name in ("bench_allreduce_nccl", "bench_allreduce"):
         rows = _read(results, name)["rows"]
         for backend, processes in dict.fromkeys((row["backend"], row["processes"]) for row in rows):
@@ -43,7 +41,7 @@ def all_reduce(results: Path) -> Figure:
 
 def buckets(results: Path) -> Figure:
     """Overhead of DDP against the size of its buckets: measured, fitted, and by the course's formula."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     fit = _read(results, "bucket_fit")
     sizes = [row["bucket_MB"] for row in fit["rows"]]
     axes.semilogx(sizes, [row["measured_ms"] for row in fit["rows"]], "o", label="measured")
@@ -62,21 +60,21 @@ def flash(results: Path) -> Figure:
     """Speed of forward and backward pass against the length."""
     rows = [row for row in _read(results, "bench_flash")["rows"] if row["status"] == OK and row["dtype"] == "bfloat16"]
     dims = sorted({row["dim"] for row in rows})
-    figure, panels = _panels(len(dims), 2.6)
-    for axes, dim in zip(panels, dims):
+    figure, both = panels(len(dims), 2.6)
+    for axes, dim in zip(both, dims):
         for attention, label in NAMES.items():
             line = [row for row in rows if row["dim"] == dim and row["attention"] == attention]
             lengths, speeds = [row["seq"] for row in line], [row["both_TFLOP/s"] for row in line]
             axes.loglog(lengths, speeds, marker="o", markersize=3, label=label)
         axes.set(xlabel="sequence length", title=f"d = {dim}")
-    panels[0].set_ylabel("TFLOP/s")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
+    both[0].set_ylabel("TFLOP/s")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
     return figure
 
 
 def roofline(results: Path) -> Figure:
     """What the kernels reach at the 2025 leaderboard's shape, under the ceilings of the same run."""
-    figure, (axes,) = _panels(1)
+    figure, (axes,) = panels(1)
     result = _read(results, "leaderboard_2025")
     flops_ceiling = result["ceilings"]["matmul_TFLOP/s"]
     bandwidth = result["ceilings"]["copy_GB/s"] / 1e3  # TB/s
@@ -102,11 +100,6 @@ def flash_bytes(heads: int = 16, seq: int = 16_384, dim: int = 64) -> float:
 
 def _read(results: Path, name: str) -> dict[str, Any]:
     return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def _panels(count: int, height: float = 2.3) -> tuple[Figure, list[Axes]]:
-    figure, axes = plt.subplots(1, count, figsize=(6.6, height), layout="constrained", squeeze=False)
-    return figure, [*axes[0]]
 
 
 FIGURES: dict[str, Callable[[Path], Figure]] = {draw.__name__: draw for draw in (all_reduce, buckets, flash, roofline)}
