@@ -32,22 +32,14 @@ class Muon(AdamW):
 
     Args:
         params: parameters for AdamW alone, or groups; `groups(model)` makes them.
-        lr, betas, eps, weight_decay: see `AdamW`; lr and weight_decay are those of the matrices, too.
         momentum: μ.
+        adamw: the options of `AdamW`; lr and weight_decay are those of the matrices, too.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-        momentum: float = 0.95,
-    ) -> None:
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict], *, momentum: float = 0.95, **adamw: Any) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum {momentum} must lie in [0, 1)")
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, **adamw)
         self.defaults |= {"momentum": momentum, "matrices": False}
         for group in self.param_groups:
             for name in ("momentum", "matrices"):

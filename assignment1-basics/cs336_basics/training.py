@@ -251,7 +251,7 @@ def train(
             write_atomically(config.run / path.name, path.read_text(encoding="utf-8"))
         write_atomically(config.run / "config.json", json.dumps(record, indent=1) + "\n")
 
-    loop = _Loop(config, strategy, model, optimizer, train_tokens, valid_tokens, seconds)
+    loop = _Loop(config, strategy, model, optimizer, train_tokens, valid_tokens, seconds, config.tokens(start))
     if strategy.rank != 0:
         return loop.run(start, log=None)
     with RunLog(config.run, config.steps, start, config.wandb_project, config_to_json(config)) as log:
@@ -272,6 +272,7 @@ class _Loop:
     train_tokens: npt.NDArray[np.integer]
     valid_tokens: npt.NDArray[np.integer]
     seconds: float  # spent on steps so far, resumed ones included
+    tokens: int  # trained on so far
 
     def __post_init__(self) -> None:
         self.loss = torch.compile(cross_entropy, dynamic=False) if self.config.compile else cross_entropy
@@ -340,23 +341,22 @@ class _Loop:
         losses = self.strategy.reduce_mean(torch.stack([loss for _, _, loss, _ in pending])).tolist()
         norms = torch.stack([norm for *_, norm in pending]).tolist()
         elapsed += time.perf_counter() - started
-        config, first = self.config, pending[0][0]
-        tokens = config.tokens(first - 1)
-        speed = {"tokens_per_second": round((config.tokens(pending[-1][0]) - tokens) / elapsed, 1)}
+        windows = [self.config.windows(step) for step, *_ in pending]
+        speed = {"tokens_per_second": round(sum(map(math.prod, windows)) / elapsed, 1)}
         if self.peak_flops:
-            per_device, context = speed["tokens_per_second"] / self.strategy.world_size, config.windows(first)[1]
-            speed["mfu"] = round(model_flops_utilisation(config.model, per_device, self.peak_flops, context), 4)
+            per_device, context = speed["tokens_per_second"] / self.strategy.world_size, windows[0][1]
+            speed["mfu"] = round(model_flops_utilisation(self.config.model, per_device, self.peak_flops, context), 4)
         records = []
-        for (step, lr, *_), loss, norm in zip(pending, losses, norms, strict=True):
+        for (step, lr, *_), window, loss, norm in zip(pending, windows, losses, norms, strict=True):
             self.seconds += elapsed / len(pending)
-            tokens += math.prod(config.windows(step))
+            self.tokens += math.prod(window)
             records.append(
                 {
                     "step": step,
                     "loss": loss,
                     "lr": lr,
                     "grad_norm": norm,
-                    "tokens": tokens,
+                    "tokens": self.tokens,
                     "seconds": round(self.seconds, 3),
                     **speed,
                 }

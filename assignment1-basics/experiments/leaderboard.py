@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cs336_basics.presets import TRAIN
 from cs336_basics.training import TrainConfig
-from experiments.models import BEST_LR, with_lr
+from experiments.models import TrainModels
 from experiments.results import RESULTS
-from experiments.sweep import Run, run_here
+from experiments.sweep import Attention, Run, run_here
 
 #: Steps that configurations below are written for; a run against the clock stretches them.
 STEPS = 1000
@@ -71,7 +70,7 @@ class Recipe:
     """What a run is made of."""
 
     config: TrainConfig
-    attention: Any = "plain"
+    attention: Attention = "plain"
 
     def changed(self, changes: Mapping[str, Any]) -> "Recipe":
         """With some changes, whose keys are those of `LADDER`."""
@@ -155,14 +154,5 @@ class Leaderboard:
 
     def baseline(self) -> TrainConfig:
         """The course's model, with the learning rate that was best for TinyStories."""
-        config = replace(
-            TRAIN["owt"][1],
-            train_data=self.broad / "train.npy",
-            valid_data=self.broad / "valid.npy",
-            device=self.device,
-            steps=STEPS,
-            eval_windows=None,
-            eval_every=STEPS,
-        )
-        config = with_lr(config, BEST_LR)
+        config = TrainModels(broad=self.broad, device=self.device).base("owt", STEPS, eval_every=STEPS)
         return replace(config, optimizer=replace(config.optimizer, warmup_steps=STEPS // 20))

@@ -75,8 +75,8 @@ def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minu
             run, row = futures[future], future.result()
             if row is None:
                 continue
-            kept = [other for other in rows[run.problem] if other["name"] != run.name]
-            rows[run.problem] = sorted([*kept, row], key=lambda row: order.get((run.problem, row["name"]), -1))
+            with_it = _with(rows[run.problem], row)
+            rows[run.problem] = sorted(with_it, key=lambda row: order.get((run.problem, row["name"]), -1))
             _write(run.problem, rows[run.problem], results)
             progress.console.print(_line(run, row), highlight=False)
             progress.advance(task)
@@ -93,8 +93,7 @@ def run_here(run: Run, folder: Path, results: Path) -> dict[str, Any]:
         return done
     row = _train(run, 1, float("inf"))
     assert row is not None
-    rows = [*(other for other in rows if other["name"] != run.name), row]
-    _write(run.problem, rows, results)
+    _write(run.problem, _with(rows, row), results)
     print(_line(run, row))
     return row
 
@@ -119,6 +118,11 @@ def summary(config: TrainConfig) -> dict[str, Any]:
 
 def _rows(problem: str, results: Path) -> list[dict[str, Any]]:
     return read_result(problem, results)["rows"] if (results / f"{problem}.json").exists() else []
+
+
+def _with(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows with another one at the end, in place of an older one of its name."""
+    return [*(other for other in rows if other["name"] != row["name"]), row]
 
 
 def _write(problem: str, rows: list[dict[str, Any]], results: Path) -> None:

@@ -102,7 +102,7 @@ def test_every_run_of_the_problems_is_distinct():
 
 def test_leaderboard_keeps_what_helps_and_goes_on(data, tmp_path, monkeypatch, capsys):
     tiny = replace(TRAIN["owt"][1], model=TINY, compile=False, precision="float32", batch_size=8)
-    monkeypatch.setitem(leaderboard.TRAIN, "owt", ("tiny", tiny))
+    monkeypatch.setitem(models.TRAIN, "owt", ("tiny", tiny))
     ladder = {
         "rate of zero": {"lr x": 0.0},
         "wider": {"model.d_model": 32},

@@ -47,7 +47,7 @@ from cs336_systems.measure import (
     show,
 )
 from cs336_systems.parallel import FSDP
-from cs336_systems.parallel.process_group import Process, device_of_process, run_processes, under_torchrun
+from cs336_systems.parallel.process_group import Process, check_gpus, device_of_process, run_processes, under_torchrun
 from cs336_systems.training_step import Mode
 
 Contestant = Literal["ours", "torch"]
@@ -111,11 +111,7 @@ class Leaderboard2026(Measurement):
         if under_torchrun():
             raise ValueError("leaderboard-2026 starts its processes itself: leave out torchrun")
         device = device_of_process(self.device, 0)
-        if device.type == "cuda" and self.processes > torch.cuda.device_count():
-            raise ValueError(
-                f"--processes is {self.processes}, and each needs a GPU, but torch sees {torch.cuda.device_count()}; "
-                "lower it, or choose --device cpu"
-            )
+        check_gpus(self.processes, device.type)
         if device.type == "cpu" and "ours" in self.contestants and not triton_support.INTERPRETED:
             raise ValueError(
                 "ours is made of Triton kernels and needs a GPU; set TRITON_INTERPRET=1 to try it on a CPU, or choose "

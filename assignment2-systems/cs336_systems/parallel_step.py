@@ -44,7 +44,7 @@ from cs336_systems.parallel import (
     OverlappedDataParallel,
     ShardedOptimizer,
 )
-from cs336_systems.parallel.process_group import Process, device_of_process, run_processes
+from cs336_systems.parallel.process_group import Process, check_gpus, device_of_process, run_processes
 from cs336_systems.training_step import Mode, Precision, StepConfig, phase
 
 #: none: every process trains a model of its own. fsdp: a block of the model is a unit; fsdp-linear: every Linear and
@@ -439,12 +439,7 @@ class ParallelMeasurement(Measurement):
         """
         check_options(self, "processes", "context", "batch_size", "steps", "timeout_s")
         check_options(self, "warmup", least=0)
-        on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
-        if on_gpu and self.processes > torch.cuda.device_count():
-            raise ValueError(
-                f"--processes is {self.processes}, and each needs a GPU, but torch sees {torch.cuda.device_count()}; "
-                "lower it, or choose --device cpu"
-            )
+        check_gpus(self.processes, self.device)
         return device_of_process(self.device, 0)
 
     def step_config(self, device: torch.device, mode: Mode = "eager", optimizer: AdamWName = "basics") -> StepConfig:

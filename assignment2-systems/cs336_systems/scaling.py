@@ -13,6 +13,7 @@ that is in the file is not measured again, so that an interrupted command goes o
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from cs336_systems.bench_sharding import measure_memory_and_time
 from cs336_systems.leaderboard_2026 import Contestant, Leaderboard2026, leaderboard_rows
 from cs336_systems.measure import OK, Measurement, ResultFile, Row, check_options, gpu_or_cpu, show
 from cs336_systems.models import SizeName, model_config
-from cs336_systems.parallel.process_group import Process, device_of_process, run_processes
+from cs336_systems.parallel.process_group import Process, check_gpus, device_of_process, run_processes
 from cs336_systems.parallel_step import (
     AdamWName,
     ParallelConfig,
@@ -97,12 +98,7 @@ class Scaling(Measurement):
     def execute(self) -> None:
         check_options(self, "processes", "context", "weak_batch", "strong_batch", "steps", "minutes")
         device = device_of_process(self.device, 0)
-        most = max((*self.processes, *self.all_reduce_processes), default=0)
-        if device.type == "cuda" and most > torch.cuda.device_count():
-            raise ValueError(
-                f"--processes has {most}, and each needs a GPU, but torch sees {torch.cuda.device_count()}; "
-                "lower it, or choose --device cpu"
-            )
+        check_gpus(max((*self.processes, *self.all_reduce_processes), default=0), device.type)
         if odd := [count for count in self.processes if self.strong_batch % count]:
             raise ValueError(
                 f"--strong-batch {self.strong_batch} does not split over {odd[0]} processes; choose another"
@@ -137,17 +133,17 @@ class Scaling(Measurement):
                 left.append(what)
                 continue
             began = time.monotonic()
-            try:
-                new = self.measure_set(a_set, device, seconds, ResultFile(self.out, f".{self.name}", "", device))
-            except TimeoutError:
-                left.append(what)
-                continue
+            with tempfile.TemporaryDirectory() as scratch:  # for rows of a set that is not whole yet
+                try:
+                    new = self.measure_set(a_set, device, seconds, ResultFile(Path(scratch), "set", "", device))
+                except TimeoutError:
+                    left.append(what)
+                    continue
             longest[a_set["part"]] = max(longest.get(a_set["part"], 0.0), time.monotonic() - began)
             rows += [a_set | row | {key: file.head[key] for key in ORIGIN} for row in new]
             _compare(rows)
             file.write(rows)
             print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
-        (self.out / f".{self.name}.json").unlink(missing_ok=True)
         return left
 
     def sets(self) -> Iterator[Row]:

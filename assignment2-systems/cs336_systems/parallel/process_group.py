@@ -39,6 +39,16 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
+def check_gpus(processes: int, device: str) -> None:
+    """Raise a ValueError if on this device, cuda say, so many processes cannot each have a GPU of its own."""
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu and processes > torch.cuda.device_count():
+        raise ValueError(
+            f"--processes is {processes}, and each needs a GPU, but torch sees {torch.cuda.device_count()}; lower "
+            "it, or choose --device cpu"
+        )
+
+
 @contextmanager
 def joined(backend: Backend = "auto", device: str = "auto", timeout_s: float = 600.0) -> Iterator[Process]:
     """Join the processes that torchrun has started, and leave them at the end.
