@@ -1,6 +1,7 @@
 """The files of results: what was measured, and where it comes from."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,16 @@ def write_result(name: str, what: str, content: dict[str, Any], folder: Path = R
     """Write `content` with its origin (day, commit, command, versions, device) to `<folder>/<name>.json`."""
     path = folder / f"{name}.json"
     record = {"what": what, **environment(torch.device(device)), **content}
-    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    text = re.sub(r'\[\n[^][{}"]*\]', _on_one_line, text)  # curves; no string of JSON has a newline in it
+    write_atomically(path, text + "\n")
     print(f"written: {path}")
     return path
+
+
+def _on_one_line(numbers: re.Match[str]) -> str:
+    """A list of numbers, without the line that JSON gives each of them."""
+    return f"[{' '.join(numbers[0][1:-1].split())}]"
 
 
 def read_result(name: str, folder: Path = RESULTS) -> dict[str, Any]:

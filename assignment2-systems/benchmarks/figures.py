@@ -72,10 +72,45 @@ def flash(results: Path) -> Figure:
     return figure
 
 
+def flash_grid(results: Path) -> Figure:
+    """Time of forward and backward pass of one head against the length, over the course's grid."""
+    grid = _read(results, "bench_flash_grid")
+    figure, both = panels(2, 2.6)
+    for axes, dtype in zip(both, ("bfloat16", "float32")):
+        for attention, label in NAMES.items():
+            line = [row for row in grid["rows"] if (row["dtype"], row["attention"]) == (dtype, attention)]
+            measured = [row for row in line if row["status"] == OK]
+            lengths, times = [row["seq"] for row in measured], [row["both_ms"] for row in measured]
+            axes.loglog(lengths, times, marker="o", markersize=3, label=label if measured else None)
+        axes.set(xlabel="sequence length", title=dtype)
+    both[0].set_ylabel("ms")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
+    return figure
+
+
+def steps(results: Path) -> Figure:
+    """Time of forward and backward pass of every model against their FLOPs, and at the speed of a matrix product."""
+    figure, both = panels(2, 2.6)
+    for axes, precision in zip(both, ("bf16", "fp32")):
+        rows = [row for row in _read(results, f"bench_step_{precision}")["rows"] if row["status"] == OK]
+        for size in dict.fromkeys(row["size"] for row in rows):
+            line = [row for row in rows if (row["size"], row["pass"]) == (size, "forward-backward")]
+            flops = [row["TFLOP/s"] * row["median_ms"] / 1e3 for row in line]
+            axes.loglog(flops, [row["median_ms"] for row in line], marker="o", markersize=3.5, label=size)
+        axes.set(xlabel="TFLOP", title=precision, ylim=(40, 1500))
+        axes.set_yticks([50, 100, 200, 500, 1000], ["50", "100", "200", "500", "1000"])
+    ceiling = _read(results, "leaderboard_2025_h100")["ceilings"]["matmul_TFLOP/s"]
+    limits = both[0].get_xlim()
+    both[0].plot(limits, [1e3 * flops / ceiling for flops in limits], color="black", linewidth=1, label="a product")
+    both[0].set(xlim=limits, ylabel="ms")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure
+
+
 def roofline(results: Path) -> Figure:
     """What the kernels reach at the 2025 leaderboard's shape, under the ceilings of the same run."""
     figure, (axes,) = panels(1)
-    result = _read(results, "leaderboard_2025")
+    result = _read(results, "leaderboard_2025_h100")
     flops_ceiling = result["ceilings"]["matmul_TFLOP/s"]
     bandwidth = result["ceilings"]["copy_GB/s"] / 1e3  # TB/s
     ridge = flops_ceiling / bandwidth
@@ -86,8 +121,8 @@ def roofline(results: Path) -> Figure:
         if row["status"] == OK:
             flops = row["TFLOP/s"] * row["ms"] * 1e9
             axes.plot([flops / flash_bytes()], [row["TFLOP/s"]], "o", label=NAMES[row["attention"]])
-    axes.set(xlabel="FLOP per byte that must be moved", ylabel="TFLOP/s", ylim=(30, 1000))
-    axes.set_yticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
+    axes.set(xlabel="FLOP per byte that must be moved", ylabel="TFLOP/s", ylim=(5, 1000))
+    axes.set_yticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1000"])
     axes.minorticks_off()
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
@@ -102,7 +137,9 @@ def _read(results: Path, name: str) -> dict[str, Any]:
     return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
 
 
-FIGURES: dict[str, Callable[[Path], Figure]] = {draw.__name__: draw for draw in (all_reduce, buckets, flash, roofline)}
+FIGURES: dict[str, Callable[[Path], Figure]] = {
+    draw.__name__: draw for draw in (all_reduce, buckets, flash, flash_grid, steps, roofline)
+}
 
 
 def main(out: Path = Path("writeup/figures"), results: Path = RESULTS) -> None:
