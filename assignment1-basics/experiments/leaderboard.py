@@ -62,7 +62,11 @@ FINALS: dict[str, Mapping[str, Any]] = {
     "12 blocks of width 768": LARGER,
     "12 blocks of width 768, weight decay of 1.5": {**LARGER, "optimizer.weight_decay": 1.5},
     "16 blocks of width 1024, weight decay of 1.5": {
-        **LARGER, "model.d_model": 1024, "model.num_layers": 16, "model.num_heads": 16, "optimizer.weight_decay": 1.5,
+        **LARGER,
+        "model.d_model": 1024,
+        "model.num_layers": 16,
+        "model.num_heads": 16,
+        "optimizer.weight_decay": 1.5,
     },
 }
 

@@ -117,10 +117,11 @@ def roofline(results: Path) -> Figure:
     intensities = np.geomspace(10, 30_000, 50)
     axes.loglog(intensities, np.minimum(flops_ceiling, bandwidth * intensities), color="black", linewidth=1)
     axes.axvline(ridge, color="#999999", linewidth=0.7, linestyle=":")
-    for row in result["rows"]:
+    for row, marker in zip(result["rows"], "osd^v"):
         if row["status"] == OK:
             flops = row["TFLOP/s"] * row["ms"] * 1e9
-            axes.plot([flops / flash_bytes()], [row["TFLOP/s"]], "o", label=NAMES[row["attention"]])
+            label = NAMES[row["attention"]]
+            axes.plot([flops / flash_bytes()], [row["TFLOP/s"]], marker, markerfacecolor="none", label=label)
     axes.set(xlabel="FLOP per byte that must be moved", ylabel="TFLOP/s", ylim=(5, 1000))
     axes.set_yticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1000"])
     axes.minorticks_off()
