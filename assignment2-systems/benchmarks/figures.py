@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def flash_grid(results: Path) -> Figure:
             line = [row for row in grid["rows"] if (row["dtype"], row["attention"]) == (dtype, attention)]
             measured = [row for row in line if row["status"] == OK]
             lengths, times = [row["seq"] for row in measured], [row["both_ms"] for row in measured]
+            # A kernel that is not in the grid draws nothing, and keeps its colour.
             axes.loglog(lengths, times, marker="o", markersize=3, label=label if measured else None)
         axes.set(xlabel="sequence length", title=dtype)
     both[0].set_ylabel("ms")
@@ -97,7 +99,7 @@ def steps(results: Path) -> Figure:
             line = [row for row in rows if (row["size"], row["pass"]) == (size, "forward-backward")]
             flops = [row["TFLOP/s"] * row["median_ms"] / 1e3 for row in line]
             axes.loglog(flops, [row["median_ms"] for row in line], marker="o", markersize=3.5, label=size)
-        axes.set(xlabel="TFLOP", title=precision, ylim=(40, 1500))
+        axes.set(xlabel="TFLOP", title={"bf16": "bfloat16", "fp32": "float32"}[precision], ylim=(40, 1500))
         axes.set_yticks([50, 100, 200, 500, 1000], ["50", "100", "200", "500", "1000"])
     ceiling = _read(results, "leaderboard_2025_h100")["ceilings"]["matmul_TFLOP/s"]
     limits = both[0].get_xlim()
@@ -117,7 +119,7 @@ def roofline(results: Path) -> Figure:
     intensities = np.geomspace(10, 30_000, 50)
     axes.loglog(intensities, np.minimum(flops_ceiling, bandwidth * intensities), color="black", linewidth=1)
     axes.axvline(ridge, color="#999999", linewidth=0.7, linestyle=":")
-    for row, marker in zip(result["rows"], "osd^v"):
+    for row, marker in zip(result["rows"], cycle("osd^v")):
         if row["status"] == OK:
             flops = row["TFLOP/s"] * row["ms"] * 1e9
             label = NAMES[row["attention"]]
