@@ -11,7 +11,7 @@ from experiments import leaderboard, models, sweep, throughput
 from experiments.accounting_tables import AccountingTables
 from experiments.learning_rate_tuning import LearningRateTuning
 from experiments.models import BEST_LR
-from experiments.results import read_result
+from experiments.results import read_result, write_result
 from experiments.samples import SETTINGS, Samples
 from experiments.sweep import Run, measured, run_all, run_here
 from experiments.tokenizer_experiments import TokenizerExperiments
@@ -66,6 +66,19 @@ def test_runs_are_recorded_and_not_done_twice(config, tmp_path, capsys):
     assert [row["config"]["seed"] for row in after] == [1, 0]
     assert after[1] == rows[1]
     assert "2 runs, of which 1 are in" in capsys.readouterr().out
+
+
+def test_curves_take_one_line_and_nothing_else_changes(tmp_path):
+    content = {
+        "curve": {"loss": [9.5, None, 1e-05, float("inf")], "step": [1, 2]},
+        "rows": [{"text": "[\n1,\n 2]", "nested": [[1, 2], [], ["a", "b"]]}],
+    }
+    path = write_result("curves", "a test", content, tmp_path)
+    read = read_result("curves", tmp_path)
+    assert {key: read[key] for key in content} == content
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    assert '"loss": [9.5, null, 1e-05, Infinity],' in lines
+    assert "[1, 2]," in lines
 
 
 def test_nothing_begins_after_the_deadline(config, tmp_path, capsys):

@@ -74,13 +74,15 @@ def flash(results: Path) -> Figure:
 
 
 def flash_grid(results: Path) -> Figure:
-    """Time of forward and backward pass of one head against the length, over the course's grid."""
+    """Time of forward and backward pass of one head of width 64 against the length."""
     grid = _read(results, "bench_flash_grid")
     figure, both = panels(2, 2.6)
     for axes, dtype in zip(both, ("bfloat16", "float32")):
         for attention, label in NAMES.items():
-            line = [row for row in grid["rows"] if (row["dtype"], row["attention"]) == (dtype, attention)]
-            measured = [row for row in line if row["status"] == OK]
+            wanted = (dtype, 64, attention, OK)
+            measured = [
+                row for row in grid["rows"] if (row["dtype"], row["dim"], row["attention"], row["status"]) == wanted
+            ]
             lengths, times = [row["seq"] for row in measured], [row["both_ms"] for row in measured]
             # A kernel that is not in the grid draws nothing, and keeps its colour.
             axes.loglog(lengths, times, marker="o", markersize=3, label=label if measured else None)
