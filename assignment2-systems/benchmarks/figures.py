@@ -59,36 +59,31 @@ def buckets(results: Path) -> Figure:
 
 def flash(results: Path) -> Figure:
     """Speed of forward and backward pass against the length."""
-    rows = [row for row in _read(results, "bench_flash")["rows"] if row["status"] == OK and row["dtype"] == "bfloat16"]
+    rows = [row for row in _read(results, "bench_flash")["rows"] if row["dtype"] == "bfloat16"]
     dims = sorted({row["dim"] for row in rows})
-    figure, both = panels(len(dims), 2.6)
-    for axes, dim in zip(both, dims):
-        for attention, label in NAMES.items():
-            line = [row for row in rows if row["dim"] == dim and row["attention"] == attention]
-            lengths, speeds = [row["seq"] for row in line], [row["both_TFLOP/s"] for row in line]
-            axes.loglog(lengths, speeds, marker="o", markersize=3, label=label)
-        axes.set(xlabel="sequence length", title=f"d = {dim}")
-    both[0].set_ylabel("TFLOP/s")
-    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
-    return figure
+    of_dims = {f"d = {dim}": [row for row in rows if row["dim"] == dim] for dim in dims}
+    return _against_length(of_dims, "both_TFLOP/s", "TFLOP/s")
 
 
 def flash_grid(results: Path) -> Figure:
     """Time of forward and backward pass of one head of width 64 against the length."""
-    grid = _read(results, "bench_flash_grid")
-    figure, both = panels(2, 2.6)
-    for axes, dtype in zip(both, ("bfloat16", "float32")):
+    rows = [row for row in _read(results, "bench_flash_grid")["rows"] if row["dim"] == 64]
+    of_dtypes = {dtype: [row for row in rows if row["dtype"] == dtype] for dtype in ("bfloat16", "float32")}
+    return _against_length(of_dtypes, "both_ms", "ms")
+
+
+def _against_length(of_panels: dict[str, list[dict[str, Any]]], key: str, unit: str) -> Figure:
+    """A line for each attention, in a panel for each title."""
+    figure, axes_of = panels(len(of_panels), 2.6)
+    for axes, (title, rows) in zip(axes_of, of_panels.items()):
         for attention, label in NAMES.items():
-            wanted = (dtype, 64, attention, OK)
-            measured = [
-                row for row in grid["rows"] if (row["dtype"], row["dim"], row["attention"], row["status"]) == wanted
-            ]
-            lengths, times = [row["seq"] for row in measured], [row["both_ms"] for row in measured]
-            # A kernel that is not in the grid draws nothing, and keeps its colour.
-            axes.loglog(lengths, times, marker="o", markersize=3, label=label if measured else None)
-        axes.set(xlabel="sequence length", title=dtype)
-    both[0].set_ylabel("ms")
-    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
+            line = [row for row in rows if (row["attention"], row["status"]) == (attention, OK)]
+            # A kernel that was not measured draws nothing, and keeps its colour.
+            lengths, values = [row["seq"] for row in line], [row[key] for row in line]
+            axes.loglog(lengths, values, marker="o", markersize=3, label=label if line else None)
+        axes.set(xlabel="sequence length", title=title)
+    axes_of[0].set_ylabel(unit)
+    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
     return figure
 
 

@@ -89,18 +89,14 @@ class Consolidate:
             unfinished = output.with_name(output.name + ".tmp")
             shutil.copyfile(path, unfinished)
             unfinished.replace(output)
-            self._announce(output)
-            return
-        model = BasicsTransformerLM.from_config(config)
-        optimizer = AdamW(model.parameters())
-        checkpoint = Checkpoint(path, [name for name, _ in model.named_parameters()])
-        checkpoint.load_model(model, {})
-        checkpoint.load_optimizer(model, optimizer, {})
-        header = dict(checkpoint.header)
-        save_checkpoint(model, optimizer, header.pop("iteration"), output, **header)
-        self._announce(output)
-
-    def _announce(self, output: Path) -> None:
+        else:
+            model = BasicsTransformerLM.from_config(config)
+            optimizer = AdamW(model.parameters())
+            checkpoint = Checkpoint(path, [name for name, _ in model.named_parameters()])
+            checkpoint.load_model(model, {})
+            checkpoint.load_optimizer(model, optimizer, {})
+            header = dict(checkpoint.header)
+            save_checkpoint(model, optimizer, header.pop("iteration"), output, **header)
         print(f"written: {output}; cs336-basics generate --run {self.run} --checkpoint {output}")
 
 
