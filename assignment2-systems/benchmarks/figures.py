@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 #: How attentions are called in legends.
 NAMES = {
     "flash": "ours", "plain": "plain", "sdpa-flash": "PyTorch, FlashAttention-2", "sdpa-cudnn": "PyTorch, cuDNN",
-    "flex": "FlexAttention",
+    "sdpa-efficient": "PyTorch, memory-efficient", "flex": "FlexAttention",
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Search for the tiles of each FlashAttention kernel: the table `TILES` of `triton_ops` comes from here.
+"""Search for the tiles of each FlashAttention kernel: `TILES` and `FLOAT32_TILES` of `triton_ops` come from here.
 
-    python -m benchmarks.flash_tiles [--dims 64 128] [--kernels forward dkdv dq] [--out results]
+    python -m benchmarks.flash_tiles [--dtype bf16] [--dims 64 128] [--kernels forward dkdv dq] [--out results]
 
-Causal, bfloat16, 16 heads of 16 384 tokens. Every candidate's result is compared with that of the first.
+Causal, 16 heads, 16 384 tokens in bfloat16, 4096 in float32. Every candidate's result is compared with the first's.
 """
 
 import argparse
@@ -22,8 +22,14 @@ from cs336_systems.measure import median_ms, show, write_result
 PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}
 
 
-def candidates(kernel: str, d: int) -> list[Tiles]:
+def candidates(kernel: str, d: int, dtype: torch.dtype) -> list[Tiles]:
     """A space small enough to search in minutes, without what cannot fit into registers or shared memory."""
+    if dtype == torch.float32:
+        return [
+            Tiles(queries, keys, warps, 2)
+            for queries, keys, warps in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8))
+            if 512 <= queries * keys <= 8192 and (warps == 4 or queries * keys >= 2048)
+        ]
     warps_of = {64 * 64: (4,), 64 * 128: (4, 8), 128 * 128: (8,), 64 * 32: (4,), 128 * 32: (4,)}
     space = []
     for queries, keys, stages in product((32, 64, 128), (32, 64, 128), (2, 3, 4)):
@@ -37,9 +43,11 @@ def candidates(kernel: str, d: int) -> list[Tiles]:
     return space
 
 
-def launcher(kernel: str, heads: int, sequence: int, d: int) -> tuple[Callable[[Tiles], None], list[torch.Tensor]]:
+def launcher(
+    kernel: str, heads: int, sequence: int, d: int, dtype: torch.dtype
+) -> tuple[Callable[[Tiles], None], list[torch.Tensor]]:
     """A function that runs the kernel with given tiles, and the tensors that it writes."""
-    q, k, v, do = (torch.randn(1, heads, sequence, d, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    q, k, v, do = (torch.randn(1, heads, sequence, d, device="cuda", dtype=dtype) for _ in range(4))
     scale = d**-0.5
     o, log_sum_exp = ops.flash_forward(q, k, v, True)
     if kernel == "forward":
@@ -52,11 +60,11 @@ def launcher(kernel: str, heads: int, sequence: int, d: int) -> tuple[Callable[[
     return lambda tiles: ops.launch_dq(tiles, q, k, v, do, log2_l, delta, dq, True, scale), [dq]
 
 
-def search(kernel: str, d: int, heads: int, sequence: int, rep_ms: int) -> list[dict]:
-    run, written = launcher(kernel, heads, sequence, d)
+def search(kernel: str, d: int, heads: int, sequence: int, dtype: torch.dtype, rep_ms: int) -> list[dict]:
+    run, written = launcher(kernel, heads, sequence, d, dtype)
     flops = PRODUCTS[kernel] * 2 * heads * sequence**2 / 2 * d
     rows, first = [], None
-    for tiles in candidates(kernel, d):
+    for tiles in candidates(kernel, d, dtype):
         row = {"kernel": kernel, "d": d, "queries": tiles.queries, "keys": tiles.keys, "warps": tiles.warps,
                "stages": tiles.stages, "registers": tiles.registers}  # fmt: skip
         for tensor in written:
@@ -69,7 +77,7 @@ def search(kernel: str, d: int, heads: int, sequence: int, rep_ms: int) -> list[
         result = [tensor.float() for tensor in written]
         first = first or result
         difference = max(((a - b).norm() / b.norm()).item() for a, b in zip(result, first))
-        assert difference < 0.01, (tiles, difference)
+        assert difference < (1e-5 if dtype == torch.float32 else 0.01), (tiles, difference)
         ms = median_ms(partial(run, tiles), torch.device("cuda"), rep_ms=rep_ms)
         rows.append({**row, "ms": ms, "TFLOP/s": flops / ms / 1e9})
     return sorted(rows, key=lambda row: row.get("ms", float("inf")))
@@ -80,18 +88,23 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--kernels", nargs="+", choices=sorted(PRODUCTS), default=list(PRODUCTS))
     parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--sequence", type=int, default=16384)
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--sequence", type=int)
     parser.add_argument("--rep-ms", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("results"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    full = arguments.dtype == "fp32"
+    dtype, sequence = (
+        (torch.float32, arguments.sequence or 4096) if full else (torch.bfloat16, arguments.sequence or 16384)
+    )
     rows = []
     for d, kernel in product(arguments.dims, arguments.kernels):
-        found = search(kernel, d, arguments.heads, arguments.sequence, arguments.rep_ms)
+        found = search(kernel, d, arguments.heads, sequence, dtype, arguments.rep_ms)
         show(f"{kernel}, d {d}", found[:8])
         rows += found
-    what = f"tiles of the FlashAttention kernels, {arguments.heads} x {arguments.sequence}, causal, bfloat16"
-    write_result(arguments.out, "flash_tiles", what, rows, torch.device("cuda"))
+    what = f"tiles of the FlashAttention kernels, {arguments.heads} x {sequence}, causal, {arguments.dtype}"
+    write_result(arguments.out, "flash_tiles_fp32" if full else "flash_tiles", what, rows, torch.device("cuda"))
 
 
 if __name__ == "__main__":

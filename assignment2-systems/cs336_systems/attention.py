@@ -16,8 +16,9 @@ from cs336_basics.model import CausalAttention, scaled_dot_product_attention
 from cs336_systems.flash_attention import FlashAttentionPyTorch, flash_attention
 
 #: plain: Assignment 1's explicit scores and softmax. flash: our Triton kernels. flash-pytorch: their tiled
-#: reference. sdpa-*: PyTorch's fused kernels (FlashAttention-2 and cuDNN). flex: FlexAttention, compiled.
-AttentionName = Literal["plain", "flash", "flash-pytorch", "sdpa-flash", "sdpa-cudnn", "flex"]
+#: reference. sdpa-*: PyTorch's fused kernels (FlashAttention-2 and cuDNN, for 16-bit numbers, and the memory-efficient
+#: one, for float32 too). flex: FlexAttention, compiled.
+AttentionName = Literal["plain", "flash", "flash-pytorch", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex"]
 
 
 #: Queries and keys of a block of FlexAttention's mask.
@@ -82,5 +83,6 @@ _IMPLEMENTATIONS: dict[str, CausalAttention] = {
     "flash-pytorch": lambda q, k, v: FlashAttentionPyTorch.apply(q, k, v, True),
     "sdpa-flash": _torch(SDPBackend.FLASH_ATTENTION),
     "sdpa-cudnn": _torch(SDPBackend.CUDNN_ATTENTION),
+    "sdpa-efficient": _torch(SDPBackend.EFFICIENT_ATTENTION),
     "flex": _flex,
 }

@@ -43,7 +43,8 @@ class BenchFlash(Measurement):
     """Time attention kernels over sequence lengths, widths and dtypes; batch 1, causal."""
 
     attentions: tuple[AttentionName, ...] = gpu_or_cpu(
-        ("plain", "flash", "sdpa-flash", "sdpa-cudnn", "flex"), ("plain", "flash-pytorch", "sdpa-flash")
+        ("plain", "flash", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex"),
+        ("plain", "flash-pytorch", "sdpa-flash"),
     )
     """plain: Assignment 1's. flash: ours. flash-pytorch: its reference. sdpa-*, flex: PyTorch's."""
     dtypes: tuple[DType, ...] = ("bfloat16", "float32")

@@ -58,10 +58,12 @@ class StepConfig:
         if self.batch_size < 1:
             raise ValueError(f"the batch size is {self.batch_size}, but must be at least 1")
         if self.device.type == "cuda":
-            if self.attention.startswith("sdpa-") and self.precision == "fp32":
-                raise ValueError(f"attention {self.attention} knows half precision alone on a GPU; choose bf16")
-        elif self.attention == "sdpa-cudnn":
-            raise ValueError("attention sdpa-cudnn needs an NVIDIA GPU; choose plain, flash-pytorch or sdpa-flash")
+            if self.attention in ("sdpa-flash", "sdpa-cudnn") and self.precision == "fp32":
+                raise ValueError(
+                    f"attention {self.attention} knows half precision alone on a GPU; choose bf16, or sdpa-efficient"
+                )
+        elif self.attention in ("sdpa-cudnn", "sdpa-efficient"):
+            raise ValueError(f"attention {self.attention} needs a GPU; choose plain, flash-pytorch or sdpa-flash")
         elif not triton_support.INTERPRETED:
             for option, name, other in (
                 ("attention", self.attention, "flash-pytorch"),

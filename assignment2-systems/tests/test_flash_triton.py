@@ -267,19 +267,19 @@ def test_smaller_tiles_where_the_best_do_not_fit(monkeypatch):
 
     def launch(tiles, *arguments):
         tried.append(tiles)
-        if arguments[-2] and tiles == triton_ops.FLOAT32_TILES[0]:  # causal
+        if arguments[-2] and tiles == first:  # causal
             raise OutOfResources(2, 1, "shared memory")
         return launch_forward(tiles, *arguments)
 
+    first, second, *_ = dict.fromkeys(triton_ops.tiles_for("forward", 16, torch.float32))
     launch_forward = triton_ops.launch_forward
     monkeypatch.setattr(triton_ops, "launch_forward", launch)
     monkeypatch.setattr(triton_ops, "_too_large", set())
     Q, K, V, _ = inputs_of((2, 20, 16), 20)
-    first, second = triton_ops.FLOAT32_TILES
     for is_causal in (True, True, False):
         assert relative_error(attend(Q, K, V, is_causal), plain_attention(Q, K, V, is_causal)[0]) <= 1e-5
     assert tried == [first, second, second, first]
-    monkeypatch.setattr(triton_ops, "FLOAT32_TILES", (first,))
+    monkeypatch.setattr(triton_ops, "tiles_for", lambda *_: (first,))
     with pytest.raises(RuntimeError, match="fits"):
         attend(Q, K, V, True)
 

@@ -59,11 +59,11 @@ def forward_kernel(
     # Keys that all queries of the tile see, in whole tiles; then those where a mask is needed.
     unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
     for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
-        o, m, l = _forward_step(o, m, l, q, K, V, batch, kv_head, j, rows, n_keys, scale,
-                                WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
+        o, m, l = _forward_step(o, m, l, _own(q, Q, batch, head, start, PRECISION), K, V, batch, kv_head, j, rows,
+                                n_keys, scale, WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
     for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
-        o, m, l = _forward_step(o, m, l, q, K, V, batch, kv_head, j, rows, n_keys, scale,
-                                WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
+        o, m, l = _forward_step(o, m, l, _own(q, Q, batch, head, start, PRECISION), K, V, batch, kv_head, j, rows,
+                                n_keys, scale, WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
 
     _store(O, batch, head, start, o / l[:, None], QUERIES, WIDTH)
     # Back from base 2: L = ln 2 · (m + log₂ l).
@@ -125,17 +125,16 @@ def dkdv_kernel(
     batch, kv_head = batch_head // heads, batch_head % heads
     start = tile * KEYS
     keys = start + tl.arange(0, KEYS)
-    k = _load(K, batch, kv_head, start, KEYS, WIDTH)
-    v = _load(V, batch, kv_head, start, KEYS, WIDTH)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
 
     if not GROUPED:  # no loop over a single head: nested loops cost registers
-        dk, dv = _dkdv_of_head(dk, dv, k, v, Q, dO, log2_L, delta, batch, kv_head, heads, keys, start, n_queries,
-                               padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION, SETTLE)  # fmt: skip
+        dk, dv = _dkdv_of_head(dk, dv, Q, K, V, dO, log2_L, delta, batch, kv_head, kv_head, heads, keys, start,
+                               n_queries, padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION,
+                               SETTLE)  # fmt: skip
     else:
         for head in range(kv_head * group, kv_head * group + group):
-            dk, dv = _dkdv_of_head(dk, dv, k, v, Q, dO, log2_L, delta, batch, head, heads * group, keys, start,
+            dk, dv = _dkdv_of_head(dk, dv, Q, K, V, dO, log2_L, delta, batch, kv_head, head, heads * group, keys, start,
                                    n_queries, padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION,
                                    SETTLE)  # fmt: skip
 
@@ -145,11 +144,13 @@ def dkdv_kernel(
 
 @triton.jit
 def _dkdv_of_head(
-    dk, dv, k, v, Q, dO, log2_L, delta, batch, head, heads, keys, start, n_queries, padded, scale,
+    dk, dv, Q, K, V, dO, log2_L, delta, batch, kv_head, head, heads, keys, start, n_queries, padded, scale,
     WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries of one head contribute."""
+    k = _load(K, batch, kv_head, start, KEYS, WIDTH)
+    v = _load(V, batch, kv_head, start, KEYS, WIDTH)
     at = (batch * heads + head).to(tl.int64) * padded
     # Queries before the first key see nothing of the tile, those from its last key on see all of it.
     first, unmasked = 0, 0
@@ -157,11 +158,13 @@ def _dkdv_of_head(
         first = start // QUERIES * QUERIES
         unmasked = tl.minimum(tl.cdiv(start + KEYS - 1, QUERIES) * QUERIES, n_queries)
     for i in tl.range(first, unmasked, QUERIES, num_stages=STAGES):
-        dk, dv = _dkdv_step(dk, dv, k, v, Q, dO, log2_L + at, delta + at, batch, head, i, keys, scale,
-                            WIDTH, QUERIES, True, PRECISION, SETTLE)  # fmt: skip
+        dk, dv = _dkdv_step(dk, dv, _own(k, K, batch, kv_head, start, PRECISION),
+                            _own(v, V, batch, kv_head, start, PRECISION), Q, dO, log2_L + at, delta + at,
+                            batch, head, i, keys, scale, WIDTH, QUERIES, True, PRECISION, SETTLE)  # fmt: skip
     for i in tl.range(unmasked, n_queries, QUERIES, num_stages=STAGES):
-        dk, dv = _dkdv_step(dk, dv, k, v, Q, dO, log2_L + at, delta + at, batch, head, i, keys, scale,
-                            WIDTH, QUERIES, False, PRECISION, SETTLE)  # fmt: skip
+        dk, dv = _dkdv_step(dk, dv, _own(k, K, batch, kv_head, start, PRECISION),
+                            _own(v, V, batch, kv_head, start, PRECISION), Q, dO, log2_L + at, delta + at,
+                            batch, head, i, keys, scale, WIDTH, QUERIES, False, PRECISION, SETTLE)  # fmt: skip
     return dk, dv
 
 
@@ -216,10 +219,12 @@ def dq_kernel(
 
     unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
     for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
-        dq = _dq_step(dq, q, do, log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
+        dq = _dq_step(dq, _own(q, Q, batch, head, start, PRECISION), _own(do, dO, batch, head, start, PRECISION),
+                      log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
                       WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
     for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
-        dq = _dq_step(dq, q, do, log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
+        dq = _dq_step(dq, _own(q, Q, batch, head, start, PRECISION), _own(do, dO, batch, head, start, PRECISION),
+                      log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
                       WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
 
     _store(dQ, batch, head, start, dq * (scale * LN_2), QUERIES, WIDTH)
@@ -240,6 +245,18 @@ def _dq_step(
         p = tl.where(_visible(rows[:, None], (j + tl.arange(0, KEYS))[None, :], n_keys, CAUSAL), p, 0.0)
     ds = p * (dp - delta_i[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _own(x, X, batch, head, start, PRECISION: tl.constexpr):
+    """The program's own tile `x` of `X`, for one round of its loop.
+
+    With three TF32 products it is read anew, from the L2 cache: the two parts into which the product splits it would
+    otherwise stay in registers over the whole loop, which has none to spare.
+    """
+    if PRECISION == "tf32x3":
+        return _load(X, batch, head, start, x.shape[0], x.shape[1])
+    return x
 
 
 @triton.jit
