@@ -28,7 +28,9 @@ def candidates(kernel: str, d: int, dtype: torch.dtype) -> list[Tiles]:
         return [
             Tiles(queries, keys, warps, 2)
             for queries, keys, warps in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8))
-            if 512 <= queries * keys <= 8192 and (warps == 4 or queries * keys >= 2048)
+            if 2**16 <= queries * keys * max(d, 64) <= 2**20
+            and queries * keys <= 2**13
+            and (queries * keys * d <= 2**18 if warps == 4 else queries * keys * d >= 2**17)
         ]
     warps_of = {64 * 64: (4,), 64 * 128: (4, 8), 128 * 128: (8,), 64 * 32: (4,), 128 * 32: (4,)}
     space = []
@@ -94,17 +96,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    full = arguments.dtype == "fp32"
-    dtype, sequence = (
-        (torch.float32, arguments.sequence or 4096) if full else (torch.bfloat16, arguments.sequence or 16384)
-    )
+    if arguments.dtype == "fp32":
+        dtype, sequence, name = torch.float32, arguments.sequence or 4096, "flash_tiles_fp32"
+    else:
+        dtype, sequence, name = torch.bfloat16, arguments.sequence or 16384, "flash_tiles"
+    what = f"tiles of the FlashAttention kernels, {arguments.heads} x {sequence}, causal, {arguments.dtype}"
     rows = []
     for d, kernel in product(arguments.dims, arguments.kernels):
         found = search(kernel, d, arguments.heads, sequence, dtype, arguments.rep_ms)
         show(f"{kernel}, d {d}", found[:8])
         rows += found
-    what = f"tiles of the FlashAttention kernels, {arguments.heads} x {sequence}, causal, {arguments.dtype}"
-    write_result(arguments.out, "flash_tiles_fp32" if full else "flash_tiles", what, rows, torch.device("cuda"))
+        write_result(arguments.out, name, what, rows, torch.device("cuda"))
 
 
 if __name__ == "__main__":

@@ -59,11 +59,11 @@ def forward_kernel(
     # Keys that all queries of the tile see, in whole tiles; then those where a mask is needed.
     unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
     for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
-        o, m, l = _forward_step(o, m, l, _own(q, Q, batch, head, start, PRECISION), K, V, batch, kv_head, j, rows,
-                                n_keys, scale, WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
+        o, m, l = _forward_step(o, m, l, q, Q, K, V, batch, head, kv_head, start, j, rows, n_keys, scale,
+                                WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
     for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
-        o, m, l = _forward_step(o, m, l, _own(q, Q, batch, head, start, PRECISION), K, V, batch, kv_head, j, rows,
-                                n_keys, scale, WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
+        o, m, l = _forward_step(o, m, l, q, Q, K, V, batch, head, kv_head, start, j, rows, n_keys, scale,
+                                WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
 
     _store(O, batch, head, start, o / l[:, None], QUERIES, WIDTH)
     # Back from base 2: L = ln 2 · (m + log₂ l).
@@ -72,11 +72,12 @@ def forward_kernel(
 
 @triton.jit
 def _forward_step(
-    o, m, l, q, K, V, batch, kv_head, j, rows, n_keys, scale,
+    o, m, l, q, Q, K, V, batch, head, kv_head, start, j, rows, n_keys, scale,
     WIDTH: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The inner loop of Algorithm 1: the keys from j on."""
     k = _load(K, batch, kv_head, j, KEYS, WIDTH)
+    q = _own(q, Q, batch, head, start, PRECISION)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         s = tl.where(_visible(rows[:, None], (j + tl.arange(0, KEYS))[None, :], n_keys, CAUSAL), s, float("-inf"))
@@ -158,19 +159,17 @@ def _dkdv_of_head(
         first = start // QUERIES * QUERIES
         unmasked = tl.minimum(tl.cdiv(start + KEYS - 1, QUERIES) * QUERIES, n_queries)
     for i in tl.range(first, unmasked, QUERIES, num_stages=STAGES):
-        dk, dv = _dkdv_step(dk, dv, _own(k, K, batch, kv_head, start, PRECISION),
-                            _own(v, V, batch, kv_head, start, PRECISION), Q, dO, log2_L + at, delta + at,
-                            batch, head, i, keys, scale, WIDTH, QUERIES, True, PRECISION, SETTLE)  # fmt: skip
+        dk, dv = _dkdv_step(dk, dv, k, v, Q, K, V, dO, log2_L + at, delta + at, batch, head, kv_head, start, i, keys,
+                            scale, WIDTH, QUERIES, True, PRECISION, SETTLE)  # fmt: skip
     for i in tl.range(unmasked, n_queries, QUERIES, num_stages=STAGES):
-        dk, dv = _dkdv_step(dk, dv, _own(k, K, batch, kv_head, start, PRECISION),
-                            _own(v, V, batch, kv_head, start, PRECISION), Q, dO, log2_L + at, delta + at,
-                            batch, head, i, keys, scale, WIDTH, QUERIES, False, PRECISION, SETTLE)  # fmt: skip
+        dk, dv = _dkdv_step(dk, dv, k, v, Q, K, V, dO, log2_L + at, delta + at, batch, head, kv_head, start, i, keys,
+                            scale, WIDTH, QUERIES, False, PRECISION, SETTLE)  # fmt: skip
     return dk, dv
 
 
 @triton.jit
 def _dkdv_step(
-    dk, dv, k, v, Q, dO, log2_L, delta, batch, head, i, keys, scale,
+    dk, dv, k, v, Q, K, V, dO, log2_L, delta, batch, head, kv_head, start, i, keys, scale,
     WIDTH: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """The inner loop of Algorithm 2 without dQ: the queries from i on.
@@ -182,7 +181,9 @@ def _dkdv_step(
     log2_l = tl.load(log2_L + rows)
     do = _load(dO, batch, head, i, QUERIES, WIDTH)
     delta_i = tl.load(delta + rows)
+    k = _own(k, K, batch, kv_head, start, PRECISION)
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    v = _own(v, V, batch, kv_head, start, PRECISION)
     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     p = tl.exp2(s * scale - log2_l[None, :])
     if MASKED:
@@ -219,12 +220,10 @@ def dq_kernel(
 
     unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
     for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
-        dq = _dq_step(dq, _own(q, Q, batch, head, start, PRECISION), _own(do, dO, batch, head, start, PRECISION),
-                      log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
+        dq = _dq_step(dq, q, do, log2_l, delta_i, Q, K, V, dO, batch, head, kv_head, start, j, rows, n_keys, scale,
                       WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
     for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
-        dq = _dq_step(dq, _own(q, Q, batch, head, start, PRECISION), _own(do, dO, batch, head, start, PRECISION),
-                      log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
+        dq = _dq_step(dq, q, do, log2_l, delta_i, Q, K, V, dO, batch, head, kv_head, start, j, rows, n_keys, scale,
                       WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
 
     _store(dQ, batch, head, start, dq * (scale * LN_2), QUERIES, WIDTH)
@@ -232,13 +231,15 @@ def dq_kernel(
 
 @triton.jit
 def _dq_step(
-    dq, q, do, log2_l, delta_i, K, V, batch, kv_head, j, rows, n_keys, scale,
+    dq, q, do, log2_l, delta_i, Q, K, V, dO, batch, head, kv_head, start, j, rows, n_keys, scale,
     WIDTH: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What the keys from j on add to dQ."""
     k = _load(K, batch, kv_head, j, KEYS, WIDTH)
-    v = _load(V, batch, kv_head, j, KEYS, WIDTH)
+    q = _own(q, Q, batch, head, start, PRECISION)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    v = _load(V, batch, kv_head, j, KEYS, WIDTH)
+    do = _own(do, dO, batch, head, start, PRECISION)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     p = tl.exp2(s * scale - log2_l[:, None])
     if MASKED:
@@ -249,10 +250,10 @@ def _dq_step(
 
 @triton.jit
 def _own(x, X, batch, head, start, PRECISION: tl.constexpr):
-    """The program's own tile `x` of `X`, for one round of its loop.
+    """The program's own tile `x` of `X`, right before a product of it.
 
-    With three TF32 products it is read anew, from the L2 cache: the two parts into which the product splits it would
-    otherwise stay in registers over the whole loop, which has none to spare.
+    For three TF32 products it is read anew in each round of the loop, from the L2 cache: the two parts into which they
+    split it would otherwise stay in registers from the first round to the last, and there are none to spare.
     """
     if PRECISION == "tf32x3":
         return _load(X, batch, head, start, x.shape[0], x.shape[1])
