@@ -30,7 +30,7 @@ def candidates(kernel: str, d: int, dtype: torch.dtype) -> list[Tiles]:
             for queries, keys, warps in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8))
             if 2**16 <= queries * keys * max(d, 64) <= 2**20
             and queries * keys <= 2**13
-            and (queries * keys * d <= 2**18 if warps == 4 else queries * keys * d >= 2**17)
+            and (queries * keys * d <= 2**18 if warps == 4 else queries * keys * d >= 2**18)
         ]
     warps_of = {64 * 64: (4,), 64 * 128: (4, 8), 128 * 128: (8,), 64 * 32: (4,), 128 * 32: (4,)}
     space = []

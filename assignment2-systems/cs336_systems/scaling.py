@@ -77,7 +77,7 @@ class Scaling(Measurement):
     """Tokens in a sequence."""
     weak_batch: int = 4
     """Sequences of each process where the batch grows with their number."""
-    strong_batch: int = 8
+    strong_batch: int = 16
     """Sequences of all processes together where it does not; a multiple of each of their numbers."""
     variants: tuple[Variant, ...] = get_args(Variant)
     """none: no communication, the floor, and all there is for one process."""
