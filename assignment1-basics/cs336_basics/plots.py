@@ -28,12 +28,15 @@ STYLE: dict[str, Any] = {
 }
 
 
-def panels(count: int, height: float = 2.3) -> tuple["Figure", list["Axes"]]:
-    """A figure of the write-ups' width, in inches, with so many axes side by side."""
+def panels(count: int, height: float = 2.3, rows: int = 1) -> tuple["Figure", list["Axes"]]:
+    """A figure of the write-ups' width, in inches, with so many axes side by side; several rows share scales."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, count, figsize=(6.6, height), layout="constrained", squeeze=False)
-    return figure, [*axes[0]]
+    shared = rows > 1
+    figure, axes = plt.subplots(
+        rows, count, figsize=(6.6, height), layout="constrained", squeeze=False, sharex=shared, sharey=shared
+    )
+    return figure, [*axes.flat]
 
 
 def save_figures(draw: Mapping[str, Callable[[], "Figure"]], folder: Path) -> None:

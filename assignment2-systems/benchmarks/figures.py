@@ -66,24 +66,28 @@ def flash(results: Path) -> Figure:
 
 
 def flash_grid(results: Path) -> Figure:
-    """Time of forward and backward pass of one head of width 64 against the length."""
-    rows = [row for row in _read(results, "bench_flash_grid")["rows"] if row["dim"] == 64]
-    of_dtypes = {dtype: [row for row in rows if row["dtype"] == dtype] for dtype in ("bfloat16", "float32")}
-    return _against_length(of_dtypes, "both_ms", "ms")
+    """Time of forward and backward pass of one head against the length, for each width and dtype."""
+    of_panels = {}
+    for name in ("bench_flash_grid", "bench_flash_grid_fp32"):
+        rows = _read(results, name)["rows"]
+        for dtype, dim in dict.fromkeys((row["dtype"], row["dim"]) for row in rows):
+            of_panels[f"{dtype}, d = {dim}"] = [row for row in rows if (row["dtype"], row["dim"]) == (dtype, dim)]
+    return _against_length(of_panels, "both_ms", "ms", lines=2)
 
 
-def _against_length(of_panels: dict[str, list[dict[str, Any]]], key: str, unit: str) -> Figure:
-    """A line for each attention, in a panel for each title."""
-    figure, axes_of = panels(len(of_panels), 2.6)
+def _against_length(of_panels: dict[str, list[dict[str, Any]]], key: str, unit: str, lines: int = 1) -> Figure:
+    """A line for each attention, in a panel for each title; panels in so many lines."""
+    figure, axes_of = panels(len(of_panels) // lines, 2.6 if lines == 1 else 4.2, lines)
     for axes, (title, rows) in zip(axes_of, of_panels.items()):
         for attention, label in NAMES.items():
             line = [row for row in rows if (row["attention"], row["status"]) == (attention, OK)]
             # A kernel that was not measured draws nothing, and keeps its colour.
             lengths, values = [row["seq"] for row in line], [row[key] for row in line]
             axes.loglog(lengths, values, marker="o", markersize=3, label=label if line else None)
-        axes.set(xlabel="sequence length", title=title)
-    axes_of[0].set_ylabel(unit)
-    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(NAMES))
+        axes.set(xlabel="sequence length", ylabel=unit, title=title)
+        axes.label_outer()
+    handles = {label: handle for axes in axes_of for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
@@ -91,9 +95,11 @@ def steps(results: Path) -> Figure:
     """Time of forward and backward pass of every model against their FLOPs, and at the speed of a matrix product."""
     figure, both = panels(2, 2.6)
     for axes, precision in zip(both, ("bf16", "fp32")):
-        rows = [row for row in _read(results, f"bench_step_{precision}")["rows"] if row["status"] == OK]
+        files = [f"bench_step_{precision}"] + (["bench_step_fp32_256"] if precision == "fp32" else [])
+        rows = [row for name in files for row in _read(results, name)["rows"] if row["status"] == OK]
         for size in dict.fromkeys(row["size"] for row in rows):
             line = [row for row in rows if (row["size"], row["pass"]) == (size, "forward-backward")]
+            line.sort(key=lambda row: row["context"])
             flops = [row["TFLOP/s"] * row["median_ms"] / 1e3 for row in line]
             axes.loglog(flops, [row["median_ms"] for row in line], marker="o", markersize=3.5, label=size)
         axes.set(xlabel="TFLOP", title={"bf16": "bfloat16", "fp32": "float32"}[precision], ylim=(40, 1500))

@@ -8,7 +8,7 @@ import torch
 from cs336_basics import accounting
 from cs336_basics.strategy import resolve_device
 from cs336_systems.measure import Row, check_options, run_grid, show, times_ms
-from cs336_systems.training_step import Mode, OptimizerName, Pass, StepConfig, StepGrid, TrainingStep
+from cs336_systems.training_step import OptimizerName, Pass, StepConfig, StepGrid, StepMode, TrainingStep
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class BenchStep(StepGrid):
 
     passes: tuple[Pass, ...] = ("forward", "forward-backward", "full")
     """inference: logits without autograd; forward: logits and loss; full: with the optimizer's step."""
-    modes: tuple[Mode, ...] = ("eager",)
-    """compiled puts the model and the loss through torch.compile, anew for every row."""
+    modes: tuple[StepMode, ...] = ("eager",)
+    """compiled puts the model and the loss through torch.compile, anew for every row; compiled-blocks each block, not
+    the model, which takes seconds."""
     optimizers: tuple[OptimizerName, ...] = ("basics",)
     """Assignment 1's AdamW, or the fused one."""
     warmups: tuple[int, ...] = (5,)
@@ -50,7 +51,7 @@ def time_step(config: StepConfig, which: Pass, warmup: int, steps: int) -> Row:
     The model is new, and a compiled one's code with it (except what Inductor keeps on disk), so that without
     warm-up the first step pays for everything that a first step pays for.
     """
-    if config.mode == "compiled":
+    if config.mode != "eager":
         torch.compiler.reset()
     step = TrainingStep(config)
     times = times_ms(lambda: step.run(which), config.device, warmup, steps)

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from cs336_basics.model import BasicsTransformerLM
 from cs336_basics.strategy import resolve_device
 from cs336_systems.measure import Row, check_options, extra_bytes, gpu_or_cpu, run_grid, show, times_ms
-from cs336_systems.models import SizeName
+from cs336_systems.models import SizeName, blocks_of
 from cs336_systems.training_step import StepConfig, StepGrid, TrainingStep
 
 CheckpointStrategy = Literal["none", "block", "group", "nested"]
@@ -82,11 +82,6 @@ def apply_checkpointing(
         raise ValueError(f"the group size is {group_size}, but must be at least 1 block")
     blocks = blocks_of(model)
     model.layers = nn.ModuleList(blocks) if strategy == "none" else CheckpointedLayers(blocks, strategy, group_size)
-
-
-def blocks_of(model: BasicsTransformerLM) -> list[nn.Module]:
-    """The blocks themselves, whatever strategy they run under."""
-    return list(model.layers.children())
 
 
 class CheckpointedLayers(nn.ModuleList):

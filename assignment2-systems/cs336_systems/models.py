@@ -1,9 +1,11 @@
-"""The model sizes of the assignment (Radford et al. 2019, table 2, and one of 2.7 billion parameters)."""
+"""The models of the assignment: sizes (Radford et al. 2019, table 2, and one of 2.7 billion parameters) and blocks."""
 
 from dataclasses import replace
 from typing import Literal
 
-from cs336_basics.model import ModelConfig
+from torch import nn
+
+from cs336_basics.model import BasicsTransformerLM, ModelConfig
 
 SizeName = Literal["tiny", "small", "medium", "large", "xl", "2.7B"]
 VOCAB_SIZE = 10_000
@@ -22,3 +24,21 @@ MODELS: dict[SizeName, ModelConfig] = {
 def model_config(size: SizeName, context: int) -> ModelConfig:
     """The shape of that size, for sequences of `context` tokens."""
     return replace(MODELS[size], context_length=context)
+
+
+def blocks_of(model: BasicsTransformerLM) -> list[nn.Module]:
+    """The blocks themselves, whatever strategy of checkpointing they run under."""
+    return list(model.layers.children())
+
+
+def compile_blocks(model: BasicsTransformerLM, backend: str = "inductor") -> None:
+    """Compile each block of a model for itself; as they have the same code, they are compiled only once.
+
+    Containers hook into the modules, around what is compiled.
+    """
+    import torch._dynamo
+
+    # Else a block within PyTorch's container is cut in pieces of its buckets' size, and is no longer the same code.
+    torch._dynamo.config.optimize_ddp = False
+    for block in blocks_of(model):
+        block.forward = torch.compile(block.forward, backend=backend)

@@ -23,7 +23,7 @@ from cs336_basics.model import BasicsTransformerLM, Embedding, Linear, Transform
 from cs336_basics.nn_utils import cross_entropy
 from cs336_basics.optimizer import AdamW
 from cs336_systems.attention import AttentionName, causal_attention
-from cs336_systems.checkpointing import apply_checkpointing, blocks_of
+from cs336_systems.checkpointing import apply_checkpointing
 from cs336_systems.measure import (
     OK,
     Measurement,
@@ -35,7 +35,7 @@ from cs336_systems.measure import (
     now_ms,
     progress,
 )
-from cs336_systems.models import SizeName, model_config
+from cs336_systems.models import SizeName, blocks_of, compile_blocks, model_config
 from cs336_systems.parallel import (
     FSDP,
     BucketedDataParallel,
@@ -202,19 +202,6 @@ class Marks:
         """Milliseconds between one mark and the next, when the device has passed them all."""
         pairs = zip(self._marks, self._marks[1:])
         return [a.elapsed_time(b) if self._on_gpu else (b - a) * 1e3 for a, b in pairs]
-
-
-def compile_blocks(model: BasicsTransformerLM, backend: str = "inductor") -> None:
-    """Compile each block of a model for itself; as they have the same code, they are compiled only once.
-
-    Containers hook into the modules, around what is compiled.
-    """
-    import torch._dynamo
-
-    # Else a block within PyTorch's container is cut in pieces of its buckets' size, and is no longer the same code.
-    torch._dynamo.config.optimize_ddp = False
-    for block in blocks_of(model):
-        block.forward = torch.compile(block.forward, backend=backend)
 
 
 def adamw_class(name: AdamWName) -> type[torch.optim.Optimizer]:

@@ -15,7 +15,7 @@ from cs336_basics.optimizer import AdamW
 from cs336_systems import triton_support
 from cs336_systems.attention import AttentionName, causal_attention
 from cs336_systems.measure import Measurement, Row, check_options, gpu_or_cpu, grid
-from cs336_systems.models import SizeName, model_config
+from cs336_systems.models import SizeName, compile_blocks, model_config
 
 #: inference: logits, without autograd. forward: logits and loss, with it, so that forward-backward less forward
 #: is the backward pass. full: zero_grad, forward, backward and the optimizer's step.
@@ -28,6 +28,8 @@ LossName = Literal["plain", "fused"]
 Precision = Literal["fp32", "bf16"]
 #: compiled: the model and the loss, not the optimizer, through torch.compile.
 Mode = Literal["eager", "compiled"]
+#: compiled-blocks: each block and the loss, which takes seconds where the whole of many blocks takes minutes.
+StepMode = Literal["eager", "compiled", "compiled-blocks"]
 
 #: The ranges that a step is cut into, in their order.
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -47,8 +49,8 @@ class StepConfig:
     """Which attention."""
     precision: Precision = "fp32"
     """What forward and backward pass compute in."""
-    mode: Mode = "eager"
-    """Whether torch.compile is used."""
+    mode: StepMode = "eager"
+    """Whether torch.compile is used, and for what."""
     optimizer: OptimizerName = "basics"
     """Which AdamW."""
     loss: LossName = "plain"
@@ -63,7 +65,9 @@ class StepConfig:
                     f"attention {self.attention} knows half precision alone on a GPU; choose bf16, or sdpa-efficient"
                 )
         elif self.attention in ("sdpa-cudnn", "sdpa-efficient"):
-            raise ValueError(f"attention {self.attention} needs a GPU; choose plain, flash-pytorch or sdpa-flash")
+            raise ValueError(
+                f"attention {self.attention} needs an NVIDIA GPU; choose plain, flash-pytorch or sdpa-flash"
+            )
         elif not triton_support.INTERPRETED:
             for option, name, other in (
                 ("attention", self.attention, "flash-pytorch"),
@@ -150,8 +154,10 @@ class TrainingStep:
         self._loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy if config.loss == "plain" else self._fused_loss
         if config.mode == "compiled":
             self._logits, self._forward = torch.compile(self._logits), torch.compile(self._forward)
-            if config.loss == "plain":  # the fused loss is kernels already
-                self._loss = torch.compile(self._loss)
+        elif config.mode == "compiled-blocks":
+            compile_blocks(self.model)
+        if config.mode != "eager" and config.loss == "plain":  # the fused loss is kernels already
+            self._loss = torch.compile(self._loss)
 
     def inference(self) -> Float[Tensor, "batch context vocab"]:
         """Logits, without autograd."""

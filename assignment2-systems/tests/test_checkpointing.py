@@ -15,13 +15,12 @@ from cs336_systems import checkpointing
 from cs336_systems.checkpointing import (
     Checkpointing,
     apply_checkpointing,
-    blocks_of,
     measure_checkpointing,
     predicted_bytes,
     saved_by_parts,
     saved_bytes,
 )
-from cs336_systems.models import model_config
+from cs336_systems.models import blocks_of, model_config
 from cs336_systems.training_step import StepConfig, TrainingStep
 
 SHAPE = ModelConfig(vocab_size=67, context_length=16, d_model=16, num_layers=5, num_heads=2, d_ff=24)

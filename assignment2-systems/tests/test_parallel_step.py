@@ -15,6 +15,7 @@ from cs336_basics.nn_utils import cross_entropy
 from cs336_basics.optimizer import AdamW
 from cs336_systems.bench_ddp import BenchDdp
 from cs336_systems.measure import OUT_OF_MEMORY, UNSUPPORTED
+from cs336_systems.models import compile_blocks
 from cs336_systems.parallel_step import (
     LEARNING_RATE,
     Marks,
@@ -22,7 +23,6 @@ from cs336_systems.parallel_step import (
     ParallelStep,
     StepTimes,
     adamw_class,
-    compile_blocks,
     everywhere,
     gathered,
     largest,
@@ -230,7 +230,7 @@ def test_what_makes_no_sense_is_refused():
         ({"rounds": 0}, "--rounds is 0"),
         ({"bucket_mb": (1, 0)}, "a bucket of 0 MB"),
         ({"variants": ()}, "nothing to measure"),
-        ({"attention": "sdpa-cudnn"}, "needs a GPU"),
+        ({"attention": "sdpa-cudnn"}, "needs an NVIDIA GPU"),
     ],
 )
 def test_mistakes_are_one_sentence(wrong, says, tmp_path):

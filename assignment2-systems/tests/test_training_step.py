@@ -70,21 +70,29 @@ def test_fused_parts_give_the_same_step():
         torch.testing.assert_close(ours, other, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("loss", "functions"), [("plain", 3), ("fused", 2)])
-def test_a_compiled_step_is_the_same(monkeypatch, loss, functions):
+@pytest.mark.parametrize(
+    ("mode", "loss", "functions"),
+    [
+        ("compiled", "plain", 3),
+        ("compiled", "fused", 2),
+        ("compiled-blocks", "plain", 2),
+        ("compiled-blocks", "fused", 1),
+    ],
+)
+def test_a_compiled_step_is_the_same(monkeypatch, mode, loss, functions):
     """In one graph each. The code generator is left out: the test would take a minute."""
     if loss == "fused":
         pytest.importorskip("triton")
     compiled = []
 
-    def traced(function):
+    def traced(function, **_):
         compiled.append(function)
         return compile_(function, backend="eager", fullgraph=True)
 
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", traced)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(SHAPE, num_layers=1), loss=loss)
-    plain, ours = TrainingStep(config), TrainingStep(dataclasses.replace(config, mode="compiled"))
+    plain, ours = TrainingStep(config), TrainingStep(dataclasses.replace(config, mode=mode))
     assert len(compiled) == functions
     plain.full()
     ours.full()
@@ -94,7 +102,14 @@ def test_a_compiled_step_is_the_same(monkeypatch, loss, functions):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "options", [{"attention": "flash"}, {"loss": "fused"}, {"optimizer": "fused"}, {"mode": "compiled"}]
+    "options",
+    [
+        {"attention": "flash"},
+        {"loss": "fused"},
+        {"optimizer": "fused"},
+        {"mode": "compiled"},
+        {"mode": "compiled-blocks"},
+    ],
 )
 def test_options_on_the_gpu(options):
     config = StepConfig(model_config("tiny", 64), torch.device("cuda"), precision="bf16")
@@ -133,6 +148,7 @@ def test_a_grid_has_a_step_for_each_case():
     [
         (lambda: dataclasses.replace(CONFIG, batch_size=0), "batch size is 0"),
         (lambda: dataclasses.replace(CONFIG, attention="sdpa-cudnn"), "sdpa-cudnn needs an NVIDIA GPU"),
+        (lambda: dataclasses.replace(CONFIG, attention="sdpa-efficient"), "sdpa-efficient needs an NVIDIA GPU"),
         (lambda: dataclasses.replace(CONFIG, device=torch.device("cuda"), attention="sdpa-flash"), "choose bf16"),
         (lambda: StepGrid(batch_size=0).cases(CPU), "--batch-size is 0"),
         (lambda: StepGrid(contexts=(8, 0)).cases(CPU), "--contexts is 0"),

@@ -291,8 +291,8 @@ def precision_of(dtype: torch.dtype) -> str:
     """How matrix products are computed, in Triton's words.
 
     Tensor cores know no float32, only TF32, which has 11 of its 24 bits. "tf32x3" splits x into TF32 numbers x₁ + x₂,
-    and sums x₁y₁ + x₁y₂ + x₂y₁ in float32 (Ootomo and Yokota 2022): the errors of products without tensor cores, a little
-    more or less, in a fifth of their time. PyTorch's memory-efficient attention does the same.
+    and sums x₁y₁ + x₁y₂ + x₂y₁ in float32 (Ootomo and Yokota 2022): about the errors of products without tensor cores,
+    in a fifth of their time. PyTorch's memory-efficient attention does the same.
     """
     if dtype != torch.float32:
         return "ieee"
