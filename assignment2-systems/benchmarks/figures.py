@@ -72,20 +72,21 @@ def flash_grid(results: Path) -> Figure:
         rows = _read(results, name)["rows"]
         for dtype, dim in dict.fromkeys((row["dtype"], row["dim"]) for row in rows):
             of_panels[f"{dtype}, d = {dim}"] = [row for row in rows if (row["dtype"], row["dim"]) == (dtype, dim)]
-    return _against_length(of_panels, "both_ms", "ms", lines=2)
+    return _against_length(of_panels, "both_ms", "ms", panel_rows=2)
 
 
-def _against_length(of_panels: dict[str, list[dict[str, Any]]], key: str, unit: str, lines: int = 1) -> Figure:
-    """A line for each attention, in a panel for each title; panels in so many lines."""
-    figure, axes_of = panels(len(of_panels) // lines, 2.6 if lines == 1 else 4.2, lines)
-    for axes, (title, rows) in zip(axes_of, of_panels.items()):
+def _against_length(of_panels: dict[str, list[dict[str, Any]]], key: str, unit: str, panel_rows: int = 1) -> Figure:
+    """A line for each attention, in a panel for each title."""
+    figure, axes_of = panels(len(of_panels) // panel_rows, 2.6 if panel_rows == 1 else 4.2, panel_rows)
+    for axes, (title, rows) in zip(axes_of, of_panels.items(), strict=True):
         for attention, label in NAMES.items():
             line = [row for row in rows if (row["attention"], row["status"]) == (attention, OK)]
             # A kernel that was not measured draws nothing, and keeps its colour.
             lengths, values = [row["seq"] for row in line], [row[key] for row in line]
             axes.loglog(lengths, values, marker="o", markersize=3, label=label if line else None)
         axes.set(xlabel="sequence length", ylabel=unit, title=title)
-        axes.label_outer()
+        if panel_rows > 1:  # they share scales
+            axes.label_outer()
     handles = {label: handle for axes in axes_of for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     return figure

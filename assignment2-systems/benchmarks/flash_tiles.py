@@ -1,6 +1,6 @@
-"""Search for the tiles of each FlashAttention kernel: `TILES` and `FLOAT32_TILES` of `triton_ops` come from here.
+"""Search for the tiles of each FlashAttention kernel: `TILES` of `triton_ops` come from here.
 
-    python -m benchmarks.flash_tiles [--dtype bf16] [--dims 64 128] [--kernels forward dkdv dq] [--out results]
+    python -m benchmarks.flash_tiles [--dtype {bf16,fp32}] [--dims 64 128] [--kernels forward dkdv dq] [--out results]
 
 Causal, 16 heads, 16 384 tokens in bfloat16, 4096 in float32. Every candidate's result is compared with the first's.
 """
@@ -25,6 +25,7 @@ PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}
 def candidates(kernel: str, d: int, dtype: torch.dtype) -> list[Tiles]:
     """A space small enough to search in minutes, without what cannot fit into registers or shared memory."""
     if dtype == torch.float32:
+        # Eight warps for large tiles only: at d = 128 some small one ended in an illegal memory access (Triton 3.6).
         return [
             Tiles(queries, keys, warps, 2)
             for queries, keys, warps in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8))

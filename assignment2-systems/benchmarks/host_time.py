@@ -1,6 +1,6 @@
 """The host's part of FlashAttention: what Python does at every call, on any machine, without a GPU.
 
-    python -m benchmarks.host_time [--rounds 5] [--out results]
+    python -m benchmarks.host_time [--dtype {bfloat16,float32}] [--rounds 5] [--out results]
 
 A short sequence is over before the next kernel is launched, and then this time is all there is. Triton compiles the
 kernels for Hopper and goes all the way to the driver, which is replaced by one that does nothing. CPU tensors stand
@@ -59,6 +59,7 @@ def microseconds(function: Callable[[], object], calls: int = 1000) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("results"))
     arguments = parser.parse_args()
@@ -69,7 +70,7 @@ def main() -> None:
     triton_ops._check_kernels_can_run = lambda Q: None
     torch.set_num_threads(1)
 
-    q, k, v, d_out = (torch.randn(1, 2, 32, 64, dtype=torch.bfloat16) for _ in range(4))
+    q, k, v, d_out = (torch.randn(1, 2, 32, 64, dtype=getattr(torch, arguments.dtype)) for _ in range(4))
     leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     o, log_sum_exp = triton_ops.flash_forward(q.detach(), k.detach(), v.detach(), True)
     detached = [tensor.detach() for tensor in (q, k, v)]
@@ -93,8 +94,8 @@ def main() -> None:
         for name, times in taken.items()
     ]
     show("Time on the host", rows)
-    write_result(arguments.out, "host_time", "Python's part of FlashAttention, CUDA's driver left out", rows,
-                 torch.device("cpu"))  # fmt: skip
+    what = f"Python's part of FlashAttention in {arguments.dtype}, CUDA's driver left out"
+    write_result(arguments.out, "host_time", what, rows, torch.device("cpu"))
 
 
 if __name__ == "__main__":

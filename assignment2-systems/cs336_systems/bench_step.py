@@ -18,8 +18,8 @@ class BenchStep(StepGrid):
     passes: tuple[Pass, ...] = ("forward", "forward-backward", "full")
     """inference: logits without autograd; forward: logits and loss; full: with the optimizer's step."""
     modes: tuple[StepMode, ...] = ("eager",)
-    """compiled puts the model and the loss through torch.compile, anew for every row; compiled-blocks each block, not
-    the model, which takes seconds."""
+    """compiled puts the model and the loss through torch.compile, anew for every row; compiled-blocks each block and
+    the loss: seconds, where a large model takes minutes."""
     optimizers: tuple[OptimizerName, ...] = ("basics",)
     """Assignment 1's AdamW, or the fused one."""
     warmups: tuple[int, ...] = (5,)

@@ -26,7 +26,7 @@ OptimizerName = Literal["basics", "fused"]
 LossName = Literal["plain", "fused"]
 #: bf16: forward and backward pass under autocast; parameters stay float32.
 Precision = Literal["fp32", "bf16"]
-#: compiled: the model and the loss, not the optimizer, through torch.compile.
+#: compiled: the model (in several processes each of its blocks) and the loss, not the optimizer, by torch.compile.
 Mode = Literal["eager", "compiled"]
 #: compiled-blocks: each block and the loss, which takes seconds where the whole of many blocks takes minutes.
 StepMode = Literal["eager", "compiled", "compiled-blocks"]

@@ -261,6 +261,18 @@ def test_bfloat16_is_refused_in_the_interpreter():
         attend(*(tensor.bfloat16() for tensor in inputs_of((2, 20, 16), 20)[:3]))
 
 
+def test_precision():
+    """Of the products; the interpreter computes all of them in full."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        for asked, expected in (("highest", "tf32x3"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(asked)
+            assert triton_ops.precision_of(torch.float32) == expected
+            assert triton_ops.precision_of(torch.float16) == triton_ops.precision_of(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_smaller_tiles_where_the_best_do_not_fit(monkeypatch):
     """What did not fit is remembered for what it was compiled for, and for nothing else."""
     tried = []
@@ -271,7 +283,7 @@ def test_smaller_tiles_where_the_best_do_not_fit(monkeypatch):
             raise OutOfResources(2, 1, "shared memory")
         return launch_forward(tiles, *arguments)
 
-    first, second, *_ = dict.fromkeys(triton_ops.tiles_for("forward", 16, torch.float32))
+    first, second, *_ = triton_ops.tiles_for("forward", 16, torch.float32)
     launch_forward = triton_ops.launch_forward
     monkeypatch.setattr(triton_ops, "launch_forward", launch)
     monkeypatch.setattr(triton_ops, "_too_large", set())

@@ -16,7 +16,8 @@ Memory Accelerator moves them, fills rows and columns beyond the tensor with zer
 
 Names, here and in the paper: QUERIES and KEYS are B_r and B_c; s is Q Kᵀ before any scaling; m and l are m and ℓ,
 with m in base 2; delta is D = rowsum(O ∘ dO); WIDTH is d, rounded up to a power of two. `scale` is log₂e / √d, so
-that exp(s / √d) = 2^(s · scale), for 2^x is what the hardware computes; and scale · ln 2 = 1 / √d again.
+that exp(s / √d) = 2^(s · scale), for 2^x is what the hardware computes; and scale · ln 2 = 1 / √d again. PRECISION: how
+products are computed (`triton_ops.precision_of`); with "tf32x3" programs read their own tiles anew (`_own`).
 
 Lengths are not specialised: Triton would compile the kernels anew for those that are 1 or multiples of 16, and nothing
 here gains by it.
