@@ -268,6 +268,8 @@ def test_precision():
         for asked, expected in (("highest", "tf32x3"), ("high", "tf32")):
             torch.set_float32_matmul_precision(asked)
             assert triton_ops.precision_of(torch.float32) == expected
+            first, *smaller = triton_ops.tiles_for("dq", 64, torch.float32)
+            assert all(tiles.queries * tiles.keys < first.queries * first.keys for tiles in smaller)
             assert triton_ops.precision_of(torch.float16) == triton_ops.precision_of(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -67,7 +67,7 @@ FLOAT32_TILES: dict[tuple[str, int], Tiles] = {
     ("dq", 64): Tiles(128, 64, 8, 2),
     ("dq", 128): Tiles(32, 32, 4, 2),
 }
-#: For smaller GPUs, on which the best tiles do not fit into shared memory.
+#: For TF32, and for smaller GPUs, on which the best tiles do not fit into shared memory.
 SMALL_TILES = (Tiles(64, 64, 4, 2), Tiles(32, 32, 4, 2), Tiles(16, 16, 4, 1))
 
 
@@ -306,6 +306,8 @@ _too_large: set[tuple[Any, ...]] = set()
 
 def tiles_for(kernel: str, d: int, dtype: torch.dtype) -> Sequence[Tiles]:
     """The tiles of a kernel ("forward", "dkdv" or "dq"), the best first; later ones need less shared memory."""
+    if precision_of(dtype) == "tf32":
+        return SMALL_TILES
     best = (FLOAT32_TILES if dtype == torch.float32 else TILES)[kernel, d]
     return (best, *(tiles for tiles in SMALL_TILES if tiles.queries * tiles.keys < best.queries * best.keys))
 
