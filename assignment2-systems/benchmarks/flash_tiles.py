@@ -47,11 +47,10 @@ def candidates(kernel: str, d: int, dtype: torch.dtype) -> list[Tiles]:
 
 
 def launcher(
-    kernel: str, heads: int, sequence: int, d: int, dtype: torch.dtype
+    kernel: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, do: torch.Tensor
 ) -> tuple[Callable[[Tiles], None], list[torch.Tensor]]:
-    """A function that runs the kernel with given tiles, and the tensors that it writes."""
-    q, k, v, do = (torch.randn(1, heads, sequence, d, device="cuda", dtype=dtype) for _ in range(4))
-    scale = d**-0.5
+    """A function that runs the kernel, causal, with given tiles, and the tensors that it writes."""
+    scale = q.shape[-1] ** -0.5
     o, log_sum_exp = ops.flash_forward(q, k, v, True)
     if kernel == "forward":
         return lambda tiles: ops.launch_forward(tiles, q, k, v, o, log_sum_exp, True, scale), [o, log_sum_exp]
@@ -64,7 +63,7 @@ def launcher(
 
 
 def search(kernel: str, d: int, heads: int, sequence: int, dtype: torch.dtype, rep_ms: int) -> list[dict]:
-    run, written = launcher(kernel, heads, sequence, d, dtype)
+    run, written = launcher(kernel, *(torch.randn(1, heads, sequence, d, device="cuda", dtype=dtype) for _ in range(4)))
     flops = PRODUCTS[kernel] * 2 * heads * sequence**2 / 2 * d
     rows, first = [], None
     for tiles in candidates(kernel, d, dtype):
