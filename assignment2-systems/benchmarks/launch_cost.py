@@ -21,9 +21,10 @@ from cs336_systems.models import SizeName, model_config
 from cs336_systems.parallel.bucketed import fill_buckets
 from cs336_systems.parallel.collectives import AllReduceMean, flatten
 from cs336_systems.parallel.process_group import Process, device_of_process, run_processes
+from cs336_systems.parallel_step import BucketSize
 
 #: MB of 2^20 bytes; auto: buckets that shrink; None: one for all.
-BUCKETS = ("auto", 100, 250, 500, 1000, None)
+BUCKETS: tuple[BucketSize | None, ...] = ("auto", 100, 250, 500, 1000, None)
 
 
 def launch_costs(process: Process, size: SizeName, rounds: int) -> list[dict[str, Any]]:
