@@ -127,17 +127,19 @@ def dkdv_kernel(
     batch, kv_head = batch_head // heads, batch_head % heads
     start = tile * KEYS
     keys = start + tl.arange(0, KEYS)
+    k = _load(K, batch, kv_head, start, KEYS, WIDTH)
+    v = _load(V, batch, kv_head, start, KEYS, WIDTH)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
 
     if not GROUPED:  # no loop over a single head: nested loops cost registers
-        dk, dv = _dkdv_of_head(dk, dv, Q, K, V, dO, log2_L, delta, batch, kv_head, kv_head, heads, keys, start,
+        dk, dv = _dkdv_of_head(dk, dv, k, v, Q, K, V, dO, log2_L, delta, batch, kv_head, kv_head, heads, keys, start,
                                n_queries, padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION,
                                SETTLE)  # fmt: skip
     else:
         for head in range(kv_head * group, kv_head * group + group):
-            dk, dv = _dkdv_of_head(dk, dv, Q, K, V, dO, log2_L, delta, batch, kv_head, head, heads * group, keys, start,
-                                   n_queries, padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION,
+            dk, dv = _dkdv_of_head(dk, dv, k, v, Q, K, V, dO, log2_L, delta, batch, kv_head, head, heads * group, keys,
+                                   start, n_queries, padded, scale, WIDTH, QUERIES, KEYS, STAGES, CAUSAL, PRECISION,
                                    SETTLE)  # fmt: skip
 
     _store(dK, batch, kv_head, start, dk * (scale * LN_2), KEYS, WIDTH)  # scale · ln 2 = 1 / √d
@@ -146,13 +148,11 @@ def dkdv_kernel(
 
 @triton.jit
 def _dkdv_of_head(
-    dk, dv, Q, K, V, dO, log2_L, delta, batch, kv_head, head, heads, keys, start, n_queries, padded, scale,
+    dk, dv, k, v, Q, K, V, dO, log2_L, delta, batch, kv_head, head, heads, keys, start, n_queries, padded, scale,
     WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries of one head contribute."""
-    k = _load(K, batch, kv_head, start, KEYS, WIDTH)
-    v = _load(V, batch, kv_head, start, KEYS, WIDTH)
     at = (batch * heads + head).to(tl.int64) * padded
     # Queries before the first key see nothing of the tile, those from its last key on see all of it.
     first, unmasked = 0, 0
@@ -237,9 +237,12 @@ def _dq_step(
 ):  # fmt: skip
     """What the keys from j on add to dQ."""
     k = _load(K, batch, kv_head, j, KEYS, WIDTH)
+    if PRECISION != "tf32x3":
+        v = _load(V, batch, kv_head, j, KEYS, WIDTH)
     q = _own(q, Q, batch, head, start, PRECISION)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    v = _load(V, batch, kv_head, j, KEYS, WIDTH)
+    if PRECISION == "tf32x3":  # read this late, it leaves registers to the product above
+        v = _load(V, batch, kv_head, j, KEYS, WIDTH)
     do = _own(do, dO, batch, head, start, PRECISION)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     p = tl.exp2(s * scale - log2_l[:, None])
