@@ -95,15 +95,15 @@ def _against_length(of_panels: dict[str, list[dict[str, Any]]], key: str, unit: 
 def steps(results: Path) -> Figure:
     """Time of forward and backward pass of every model against their FLOPs, and at the speed of a matrix product."""
     figure, both = panels(2, 2.6)
-    for axes, precision in zip(both, ("bf16", "fp32")):
-        files = [f"bench_step_{precision}"] + (["bench_step_fp32_256"] if precision == "fp32" else [])
-        rows = [row for name in files for row in _read(results, name)["rows"] if row["status"] == OK]
+    files = {"bfloat16": ["bench_step_bf16"], "float32": ["bench_step_fp32", "bench_step_fp32_256"]}
+    for axes, (dtype, names) in zip(both, files.items()):
+        rows = [row for name in names for row in _read(results, name)["rows"] if row["status"] == OK]
         for size in dict.fromkeys(row["size"] for row in rows):
             line = [row for row in rows if (row["size"], row["pass"]) == (size, "forward-backward")]
             line.sort(key=lambda row: row["context"])
             flops = [row["TFLOP/s"] * row["median_ms"] / 1e3 for row in line]
             axes.loglog(flops, [row["median_ms"] for row in line], marker="o", markersize=3.5, label=size)
-        axes.set(xlabel="TFLOP", title={"bf16": "bfloat16", "fp32": "float32"}[precision], ylim=(40, 1500))
+        axes.set(xlabel="TFLOP", title=dtype, ylim=(40, 1500))
         axes.set_yticks([50, 100, 200, 500, 1000], ["50", "100", "200", "500", "1000"])
     ceiling = _read(results, "leaderboard_2025_h100")["ceilings"]["matmul_TFLOP/s"]
     limits = both[0].get_xlim()

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.flash_tiles import PRODUCTS, launcher
+from benchmarks.flash_tiles import PRODUCTS, launcher, relative_error
 from cs336_systems.attention import causal_attention
 from cs336_systems.bench_flash import with_gradients
 from cs336_systems.flash_attention import triton_ops as ops
@@ -39,7 +39,7 @@ def kernel_rows(inputs: Sequence[Tensor], expected: Sequence[Tensor], rep_ms: in
         tiles = ops.FLOAT32_TILES[kernel, d] if precision == "tf32x3" else WITHOUT_TENSOR_CORES
         with mock.patch.object(ops, "precision_of", lambda dtype, precision=precision: precision):
             run(tiles)
-            errors = [error(x, expected[which]) for x, which in zip(written, WRITES[kernel])]
+            errors = [relative_error(x, expected[which]) for x, which in zip(written, WRITES[kernel])]
             ms = median_ms(partial(run, tiles), inputs[0].device, rep_ms=rep_ms)
         yield {
             "d": d, "kernel": kernel, "precision": precision, "queries": tiles.queries, "keys": tiles.keys,
@@ -51,25 +51,15 @@ def peer_row(inputs: Sequence[Tensor], expected: Sequence[Tensor], rep_ms: int) 
     """PyTorch's memory-efficient attention, forward and backward pass."""
     q, k, v = (x.requires_grad_() for x in inputs[:3])
     run = partial(with_gradients, causal_attention("sdpa-efficient"), q, k, v, inputs[3])
-    largest = max(error(x, y) for x, y in zip(run(), expected))
+    largest = max(relative_error(x, y) for x, y in zip(run(), expected))
     ms = median_ms(run, inputs[0].device, rep_ms=rep_ms)
     return {"d": inputs[0].shape[-1], "kernel": "PyTorch's, forward and backward", "error": largest, "ms": ms}
 
 
 def in_float64(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, ...]:
     """O, dQ, dK and dV."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-        return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf")).softmax(-1) @ v
-
     wide_q, wide_k, wide_v = (x.double().requires_grad_() for x in (q, k, v))
-    return with_gradients(attend, wide_q, wide_k, wide_v, do.double())
-
-
-def error(x: Tensor, reference: Tensor) -> float:
-    """‖x - reference‖ / ‖reference‖."""
-    return ((x.double() - reference).norm() / reference.norm()).item()
+    return with_gradients(causal_attention("plain"), wide_q, wide_k, wide_v, do.double())
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from triton.runtime.errors import OutOfResources
 
 from cs336_systems.flash_attention import triton_ops as ops
 from cs336_systems.flash_attention.triton_ops import Tiles
-from cs336_systems.measure import median_ms, show, write_result
+from cs336_systems.measure import ResultFile, median_ms, show
 
 #: Products of [queries keys d] per kernel.
 PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3}
@@ -62,6 +62,12 @@ def launcher(
     return lambda tiles: ops.launch_dq(tiles, q, k, v, do, log2_l, delta, dq, True, scale), [dq]
 
 
+def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖x - reference‖ / ‖reference‖, computed in float64."""
+    x, reference = x.double(), reference.double()
+    return ((x - reference).norm() / reference.norm()).item()
+
+
 def search(kernel: str, d: int, heads: int, sequence: int, dtype: torch.dtype, rep_ms: int) -> list[dict]:
     run, written = launcher(kernel, *(torch.randn(1, heads, sequence, d, device="cuda", dtype=dtype) for _ in range(4)))
     flops = PRODUCTS[kernel] * 2 * heads * sequence**2 / 2 * d
@@ -76,9 +82,8 @@ def search(kernel: str, d: int, heads: int, sequence: int, dtype: torch.dtype, r
         except OutOfResources as error:
             rows.append({**row, "status": str(error).split(".")[0]})
             continue
-        result = [tensor.float() for tensor in written]
-        first = first or result
-        difference = max(((a - b).norm() / b.norm()).item() for a, b in zip(result, first))
+        first = first or [tensor.clone() for tensor in written]
+        difference = max(relative_error(tensor, other) for tensor, other in zip(written, first))
         assert difference < (1e-5 if dtype == torch.float32 else 0.01), (tiles, difference)
         ms = median_ms(partial(run, tiles), torch.device("cuda"), rep_ms=rep_ms)
         rows.append({**row, "ms": ms, "TFLOP/s": flops / ms / 1e9})
@@ -101,12 +106,14 @@ def main() -> None:
     else:
         dtype, sequence, name = torch.bfloat16, arguments.sequence or 16384, "flash_tiles"
     what = f"tiles of the FlashAttention kernels, {arguments.heads} x {sequence}, causal, {arguments.dtype}"
+    file = ResultFile(arguments.out, name, what, torch.device("cuda"))
     rows = []
     for d, kernel in product(arguments.dims, arguments.kernels):
         found = search(kernel, d, arguments.heads, sequence, dtype, arguments.rep_ms)
         show(f"{kernel}, d {d}", found[:8])
         rows += found
-        write_result(arguments.out, name, what, rows, torch.device("cuda"))
+        file.write(rows)
+    file.announce()
 
 
 if __name__ == "__main__":

@@ -306,9 +306,14 @@ _too_large: set[tuple[Any, ...]] = set()
 
 def tiles_for(kernel: str, d: int, dtype: torch.dtype) -> Sequence[Tiles]:
     """The tiles of a kernel ("forward", "dkdv" or "dq"), the best first; later ones need less shared memory."""
-    if precision_of(dtype) == "tf32":
+    return _tiles_of(kernel, d, precision_of(dtype))
+
+
+@functools.cache
+def _tiles_of(kernel: str, d: int, precision: str) -> Sequence[Tiles]:
+    if precision == "tf32":
         return SMALL_TILES
-    best = (FLOAT32_TILES if dtype == torch.float32 else TILES)[kernel, d]
+    best = (FLOAT32_TILES if precision == "tf32x3" else TILES)[kernel, d]
     return (best, *(tiles for tiles in SMALL_TILES if tiles.queries * tiles.keys < best.queries * best.keys))
 
 
