@@ -54,16 +54,12 @@ def launcher(
     o, log_sum_exp = ops.flash_forward(q, k, v, True)
     if kernel == "forward":
         return lambda tiles: ops.launch_forward(tiles, q, k, v, o, log_sum_exp, True, scale), [o, log_sum_exp]
-    dq, (delta, log2_l) = torch.empty_like(q), ops.new_row_sums(q)
-
-    def run_dq(tiles: Tiles) -> None:
-        ops.launch_dq(tiles, q, k, v, o, do, log_sum_exp, dq, delta, log2_l, True, scale)
-
-    if kernel == "dq":
-        return run_dq, [dq]
-    run_dq(ops.tiles_for("dq", q.shape[-1], q.dtype)[-1])  # small tiles: they fit everywhere
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    return lambda t: ops.launch_dkdv(t, q, k, v, do, log2_l, delta, dk, dv, True, scale), [dk, dv]
+    delta, log2_l = ops.launch_delta(o, do, log_sum_exp)
+    if kernel == "dkdv":
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        return lambda t: ops.launch_dkdv(t, q, k, v, do, log2_l, delta, dk, dv, True, scale), [dk, dv]
+    dq = torch.empty_like(q)
+    return lambda tiles: ops.launch_dq(tiles, q, k, v, do, log2_l, delta, dq, True, scale), [dq]
 
 
 def relative_error(x: torch.Tensor, reference: torch.Tensor) -> float:

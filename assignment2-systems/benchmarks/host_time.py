@@ -80,7 +80,7 @@ def main() -> None:
 
     timed: dict[str, Callable[[], object]] = {
         "forward operator, one launch": lambda: triton_ops.flash_forward(*detached, True),
-        "backward operator, two launches": lambda: triton_ops.flash_backward(*detached, o, log_sum_exp, d_out, True),
+        "backward operator, three launches": lambda: triton_ops.flash_backward(*detached, o, log_sum_exp, d_out, True),
         "forward and backward through autograd": both,
     }
     for function in timed.values():

@@ -1,10 +1,11 @@
-"""FlashAttention-2 in Triton: one kernel for the forward pass, two for the backward pass.
+"""FlashAttention-2 in Triton: one kernel for the forward pass, three for the backward pass.
 
 They compute what `reference` computes, tile by tile; here a program owns one tile and loops over the others:
 
 - `forward_kernel`: a tile of queries, loops over keys; writes O and L.
-- `dq_kernel`: a tile of queries, loops over keys; writes dQ, and for the next kernel D = rowsum(O ∘ dO) and L in base 2.
+- `delta_kernel`: a tile of queries; D = rowsum(O ∘ dO), and L in base 2.
 - `dkdv_kernel`: a tile of keys, loops over queries; writes dK and dV.
+- `dq_kernel`: a tile of queries, loops over keys; writes dQ.
 
 Algorithm 2 of the paper computes dQ in the loop over keys too, which saves two of seven products but makes
 programs add to the same dQ. Two kernels without sharing are deterministic, and faster: the additions cost more
@@ -91,67 +92,23 @@ def _forward_step(
     return o, m_new, l * rescale + tl.sum(p, 1)
 
 
-@triton.jit(do_not_specialize=["n_queries", "padded", "n_keys", "heads", "group"])
-def dq_kernel(
-    Q, K, V, O, dO, L, dQ, delta, log2_L, n_queries, padded, n_keys, heads, group, scale,
-    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ, D = rowsum(O ∘ dO) and L log₂e of one tile of queries.
+@triton.jit(do_not_specialize=["n_queries", "padded", "heads"])
+def delta_kernel(O, dO, L, delta, log2_L, n_queries, padded, heads, WIDTH: tl.constexpr, QUERIES: tl.constexpr):
+    """D = rowsum(O ∘ dO) and L log₂e of one tile of queries, 0 beyond the last query.
 
-    L is [batch·heads n_queries]; delta and log2_L are [batch·heads padded], so that `dkdv_kernel` reads them without a
-    mask. There are programs up to `padded`; those beyond the last query write zeros there.
+    L is [batch·heads n_queries]; delta and log2_L are [batch·heads padded], whole tiles, so that the kernels below
+    read them without a mask.
     """
-    tiles = padded // QUERIES
-    batch_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    if CAUSAL:
-        tile = tiles - 1 - tile
+    tiles = tl.cdiv(n_queries, QUERIES)
+    batch_head, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * QUERIES
     batch, head = batch_head // heads, batch_head % heads
-    kv_head = head // group
-    start = tile * QUERIES
+    o = _load(O, batch, head, start, QUERIES, WIDTH).to(tl.float32)
+    do = _load(dO, batch, head, start, QUERIES, WIDTH).to(tl.float32)
     rows = start + tl.arange(0, QUERIES)
-    q = _load(Q, batch, head, start, QUERIES, WIDTH)
-    do = _load(dO, batch, head, start, QUERIES, WIDTH)
-    o = _load(O, batch, head, start, QUERIES, WIDTH)
-    delta_i = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     l = tl.load(L + batch_head.to(tl.int64) * n_queries + rows, mask=rows < n_queries, other=0.0)
-    log2_l = l * LOG2_E
     at = batch_head.to(tl.int64) * padded + rows
-    tl.store(delta + at, delta_i)
-    tl.store(log2_L + at, log2_l)
-    dq = tl.zeros([QUERIES, WIDTH], tl.float32)
-
-    unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
-    for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
-        dq = _dq_step(dq, q, do, log2_l, delta_i, Q, K, V, dO, batch, head, kv_head, start, j, rows, n_keys, scale,
-                      WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
-    for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
-        dq = _dq_step(dq, q, do, log2_l, delta_i, Q, K, V, dO, batch, head, kv_head, start, j, rows, n_keys, scale,
-                      WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
-
-    _store(dQ, batch, head, start, dq * (scale * LN_2), QUERIES, WIDTH)
-
-
-@triton.jit
-def _dq_step(
-    dq, q, do, log2_l, delta_i, Q, K, V, dO, batch, head, kv_head, start, j, rows, n_keys, scale,
-    WIDTH: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What the keys from j on add to dQ."""
-    k = _load(K, batch, kv_head, j, KEYS, WIDTH)
-    if PRECISION != "tf32x3":
-        v = _load(V, batch, kv_head, j, KEYS, WIDTH)
-    q = _own(q, Q, batch, head, start, PRECISION)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if PRECISION == "tf32x3":  # read this late, it leaves registers to the product above
-        v = _load(V, batch, kv_head, j, KEYS, WIDTH)
-    do = _own(do, dO, batch, head, start, PRECISION)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    p = tl.exp2(s * scale - log2_l[:, None])
-    if MASKED:
-        p = tl.where(_visible(rows[:, None], (j + tl.arange(0, KEYS))[None, :], n_keys, CAUSAL), p, 0.0)
-    ds = p * (dp - delta_i[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    tl.store(delta + at, tl.sum(o * do, 1))
+    tl.store(log2_L + at, l * LOG2_E)
 
 
 @triton.jit(do_not_specialize=["n_queries", "padded", "n_keys", "heads", "group"])
@@ -238,6 +195,61 @@ def _dkdv_step(
     if SETTLE:
         dk, dv = _settle(dk), _settle(dv)
     return dk, dv
+
+
+@triton.jit(do_not_specialize=["n_queries", "padded", "n_keys", "heads", "group"])
+def dq_kernel(
+    Q, K, V, dO, log2_L, delta, dQ, n_queries, padded, n_keys, heads, group, scale,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries."""
+    tiles = tl.cdiv(n_queries, QUERIES)
+    batch_head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile
+    batch, head = batch_head // heads, batch_head % heads
+    kv_head = head // group
+    start = tile * QUERIES
+    rows = start + tl.arange(0, QUERIES)
+    at = batch_head.to(tl.int64) * padded + rows
+    q = _load(Q, batch, head, start, QUERIES, WIDTH)
+    do = _load(dO, batch, head, start, QUERIES, WIDTH)
+    log2_l = tl.load(log2_L + at)
+    delta_i = tl.load(delta + at)
+    dq = tl.zeros([QUERIES, WIDTH], tl.float32)
+
+    unmasked, end = _visible_keys(start, n_keys, QUERIES, KEYS, CAUSAL)
+    for j in tl.range(0, unmasked, KEYS, num_stages=STAGES):
+        dq = _dq_step(dq, q, do, log2_l, delta_i, Q, K, V, dO, batch, head, kv_head, start, j, rows, n_keys, scale,
+                      WIDTH, KEYS, CAUSAL, False, PRECISION)  # fmt: skip
+    for j in tl.range(unmasked, end, KEYS, num_stages=STAGES):
+        dq = _dq_step(dq, q, do, log2_l, delta_i, Q, K, V, dO, batch, head, kv_head, start, j, rows, n_keys, scale,
+                      WIDTH, KEYS, CAUSAL, True, PRECISION)  # fmt: skip
+
+    _store(dQ, batch, head, start, dq * (scale * LN_2), QUERIES, WIDTH)
+
+
+@triton.jit
+def _dq_step(
+    dq, q, do, log2_l, delta_i, Q, K, V, dO, batch, head, kv_head, start, j, rows, n_keys, scale,
+    WIDTH: tl.constexpr, KEYS: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the keys from j on add to dQ."""
+    k = _load(K, batch, kv_head, j, KEYS, WIDTH)
+    if PRECISION != "tf32x3":
+        v = _load(V, batch, kv_head, j, KEYS, WIDTH)
+    q = _own(q, Q, batch, head, start, PRECISION)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if PRECISION == "tf32x3":  # read this late, it leaves registers to the product above
+        v = _load(V, batch, kv_head, j, KEYS, WIDTH)
+    do = _own(do, dO, batch, head, start, PRECISION)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    p = tl.exp2(s * scale - log2_l[:, None])
+    if MASKED:
+        p = tl.where(_visible(rows[:, None], (j + tl.arange(0, KEYS))[None, :], n_keys, CAUSAL), p, 0.0)
+    ds = p * (dp - delta_i[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit

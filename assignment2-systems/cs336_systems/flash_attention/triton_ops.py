@@ -14,13 +14,13 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cs336_systems.flash_attention.shapes import check_inputs
-from cs336_systems.flash_attention.triton_kernels import LOG2_E, dkdv_kernel, dq_kernel, forward_kernel
+from cs336_systems.flash_attention.triton_kernels import LOG2_E, delta_kernel, dkdv_kernel, dq_kernel, forward_kernel
 from cs336_systems.triton_support import INTERPRETED, check_device
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: What the backward kernels hand on is padded to a multiple of this many queries: the longest tile's.
-LONGEST_TILE = 128
+#: Rows of a program of `delta_kernel`; its results are padded to whole tiles of this many.
+DELTA_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def flash_backward(
     if Q.numel() == 0 or K.numel() == 0:
         return dQ.zero_(), dK.zero_(), dV.zero_()
     scale = Q.shape[-1] ** -0.5
-    q, k, v, o, do = _copyable(Q), _copyable(K), _copyable(V), _copyable(O), _copyable(dO)
+    q, k, v, do = _copyable(Q), _copyable(K), _copyable(V), _copyable(dO)
     dq, dk, dv = _four_dimensions(dQ), _four_dimensions(dK), _four_dimensions(dV)
     with torch.cuda.device_of(Q):
-        delta, log2_L = new_row_sums(q)
-        _run("dq", launch_dq, q, k, v, o, do, L, dq, delta, log2_L, is_causal, scale)
+        delta, log2_L = launch_delta(_copyable(O), do, L)
         _run("dkdv", launch_dkdv, q, k, v, do, log2_L, delta, dk, dv, is_causal, scale)
+        _run("dq", launch_dq, q, k, v, do, log2_L, delta, dq, is_causal, scale)
     for X, x in ((dQ, dq), (dK, dk), (dV, dv)):
         _copy_back(X, x)
     return dQ, dK, dV
@@ -173,26 +173,16 @@ def launch_forward(
     )  # fmt: skip
 
 
-def new_row_sums(Q: Tensor) -> tuple[Tensor, Tensor]:
-    """Room for D = rowsum(O ∘ dO) and L log₂e, each [batch heads n_queries], padded."""
-    batch, heads, n_queries, _ = Q.shape
-    padded = triton.cdiv(n_queries, LONGEST_TILE) * LONGEST_TILE
-    delta, log2_L = Q.new_empty(2, batch, heads, padded, dtype=torch.float32)
-    return delta, log2_L
-
-
-def launch_dq(
-    tiles: Tiles, Q: Tensor, K: Tensor, V: Tensor, O: Tensor, dO: Tensor, L: Tensor, dQ: Tensor, delta: Tensor,
-    log2_L: Tensor, is_causal: bool, scale: float,
-) -> None:  # fmt: skip
-    """Write dQ, and D and L log₂e for `launch_dkdv`."""
-    (batch, heads, n_queries, d), padded = Q.shape, delta.shape[-1]
-    (q, o, do, dq), (k, v) = _descriptors(tiles.queries, Q, O, dO, dQ), _descriptors(tiles.keys, K, V)
-    dq_kernel[(batch * heads * (padded // tiles.queries),)](
-        q, k, v, o, do, L.contiguous(), dq, delta, log2_L,
-        n_queries, padded, K.shape[2], heads, heads // K.shape[1], scale * LOG2_E.value,
-        **_constants(tiles, d, Q.dtype, is_causal),
+def launch_delta(O: Tensor, dO: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+    """D = rowsum(O ∘ dO) and L log₂e, each [batch heads n_queries] padded to whole tiles."""
+    batch, heads, n_queries, d = O.shape
+    tiles = triton.cdiv(n_queries, DELTA_ROWS)
+    delta, log2_L = O.new_empty(2, batch, heads, tiles * DELTA_ROWS, dtype=torch.float32)
+    delta_kernel[(batch * heads * tiles,)](
+        *_descriptors(DELTA_ROWS, O, dO), L.contiguous(), delta, log2_L, n_queries, tiles * DELTA_ROWS, heads,
+        WIDTH=_width(d), QUERIES=DELTA_ROWS,
     )  # fmt: skip
+    return delta, log2_L
 
 
 def launch_dkdv(
@@ -206,6 +196,20 @@ def launch_dkdv(
         q, k, v, do, log2_L, delta, dk, dv,
         n_queries, delta.shape[-1], n_keys, kv_heads, heads // kv_heads, scale * LOG2_E.value,
         GROUPED=heads > kv_heads, SETTLE=not INTERPRETED and Q.dtype != torch.float32,
+        **_constants(tiles, d, Q.dtype, is_causal),
+    )  # fmt: skip
+
+
+def launch_dq(
+    tiles: Tiles, Q: Tensor, K: Tensor, V: Tensor, dO: Tensor, log2_L: Tensor, delta: Tensor, dQ: Tensor,
+    is_causal: bool, scale: float,
+) -> None:  # fmt: skip
+    """Write dQ."""
+    batch, heads, n_queries, d = Q.shape
+    (q, do, dq), (k, v) = _descriptors(tiles.queries, Q, dO, dQ), _descriptors(tiles.keys, K, V)
+    dq_kernel[(batch * heads * triton.cdiv(n_queries, tiles.queries),)](
+        q, k, v, do, log2_L, delta, dq,
+        n_queries, delta.shape[-1], K.shape[2], heads, heads // K.shape[1], scale * LOG2_E.value,
         **_constants(tiles, d, Q.dtype, is_causal),
     )  # fmt: skip
 
