@@ -88,23 +88,27 @@ def _against_length(of_panels: dict[str, list[dict[str, Any]]], key: str, unit: 
         if panel_rows > 1:  # they share scales
             axes.label_outer()
     handles = {label: handle for axes in axes_of for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
+    # In rows of at most five names: more are wider than the page.
+    columns = -(-len(handles) // -(-len(handles) // 5))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
     return figure
 
 
 def steps(results: Path) -> Figure:
     """Time of forward and backward pass of every model against their FLOPs, and at the speed of a matrix product."""
-    figure, both = panels(2, 2.6)
-    files = {"bfloat16": ["bench_step_bf16"], "float32": ["bench_step_fp32", "bench_step_fp32_256"]}
-    for axes, (dtype, names) in zip(both, files.items()):
-        rows = [row for name in names for row in _read(results, name)["rows"] if row["status"] == OK]
-        for size in dict.fromkeys(row["size"] for row in rows):
-            line = [row for row in rows if (row["size"], row["pass"]) == (size, "forward-backward")]
-            line.sort(key=lambda row: row["context"])
-            flops = [row["TFLOP/s"] * row["median_ms"] / 1e3 for row in line]
-            axes.loglog(flops, [row["median_ms"] for row in line], marker="o", markersize=3.5, label=size)
-        axes.set(xlabel="TFLOP", title=dtype, ylim=(40, 1500))
-        axes.set_yticks([50, 100, 200, 500, 1000], ["50", "100", "200", "500", "1000"])
+    figure, both = panels(2, 2.8)
+    for axes, (dtype, name) in zip(both, {"bfloat16": "bench_step_bf16", "float32": "bench_step_fp32"}.items()):
+        rows = [row for row in _read(results, name)["rows"] if row["status"] == OK and row["pass"] == "forward-backward"]
+        for index, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
+            for mode, style in (("eager", "--"), ("compiled-blocks", "-")):
+                line = [row for row in rows if (row["size"], row["mode"]) == (size, mode)]
+                flops = [row["TFLOP/s"] * row["median_ms"] / 1e3 for row in line]
+                axes.loglog(
+                    flops, [row["median_ms"] for row in line], style, color=f"C{index}", marker="o", markersize=3,
+                    label=size if mode == "compiled-blocks" else None,
+                )  # fmt: skip
+        axes.set(xlabel="TFLOP", title=dtype, ylim=(15, 2300))
+        axes.set_yticks([20, 50, 100, 200, 500, 1000, 2000], ["20", "50", "100", "200", "500", "1000", "2000"])
     ceiling = _read(results, "leaderboard_2025_h100")["ceilings"]["matmul_TFLOP/s"]
     limits = both[0].get_xlim()
     both[0].plot(limits, [1e3 * flops / ceiling for flops in limits], color="black", linewidth=1, label="a product")
