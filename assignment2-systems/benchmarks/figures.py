@@ -98,7 +98,9 @@ def steps(results: Path) -> Figure:
     """Time of forward and backward pass of every model against their FLOPs, and at the speed of a matrix product."""
     figure, both = panels(2, 2.8)
     for axes, (dtype, name) in zip(both, {"bfloat16": "bench_step_bf16", "float32": "bench_step_fp32"}.items()):
-        rows = [row for row in _read(results, name)["rows"] if row["status"] == OK and row["pass"] == "forward-backward"]
+        rows = [
+            row for row in _read(results, name)["rows"] if row["status"] == OK and row["pass"] == "forward-backward"
+        ]
         for index, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
             for mode, style in (("eager", "--"), ("compiled-blocks", "-")):
                 line = [row for row in rows if (row["size"], row["mode"]) == (size, mode)]
