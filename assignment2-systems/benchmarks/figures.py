@@ -1,6 +1,7 @@
 """The figures of the write-up, drawn from `results/`: `python -m benchmarks.figures`."""
 
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle
@@ -89,13 +90,16 @@ def _against_length(of_panels: dict[str, list[dict[str, Any]]], key: str, unit: 
             axes.label_outer()
     handles = {label: handle for axes in axes_of for handle, label in zip(*axes.get_legend_handles_labels())}
     # In rows of at most five names: more are wider than the page.
-    columns = -(-len(handles) // -(-len(handles) // 5))
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / 5))
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
     return figure
 
 
 def steps(results: Path) -> Figure:
-    """Time of forward and backward pass of every model against their FLOPs, and at the speed of a matrix product."""
+    """Time of forward and backward pass of every model against their FLOPs, eager and compiled; a panel for each dtype.
+
+    In that of bfloat16 also the time of a matrix product of so many FLOPs.
+    """
     figure, both = panels(2, 2.8)
     for axes, (dtype, name) in zip(both, {"bfloat16": "bench_step_bf16", "float32": "bench_step_fp32"}.items()):
         rows = [
