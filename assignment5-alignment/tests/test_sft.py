@@ -151,6 +151,7 @@ def test_a_stopped_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, step, 
         assert text.read_text() == (tmp_path / "straight" / "generations" / text.name).read_text()
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_keeps_a_checkpoint(config, tmp_path, monkeypatch, capsys):
     train_sft(replace(config, run=tmp_path / "straight"))
     original = PolicyOptimizer.update

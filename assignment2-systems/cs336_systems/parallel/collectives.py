@@ -2,6 +2,9 @@
 
 A collective returns something to `wait()` for. With NCCL that makes the GPU's current stream wait, and the host goes
 on; with gloo the host waits. Every process of a group must start the same collectives in the same order.
+
+NCCL reads and writes tensors where they lie, on the GPU. Several of gloo's collectives accept no GPU tensors, so all of
+them get copies in host memory (`_buffers`), and the results are copied back at `wait()`.
 """
 
 from collections.abc import Iterable
@@ -36,7 +39,7 @@ class AllReduceMean:
 
     def __init__(self, tensors: list[Tensor], group: Group = None) -> None:
         self._tensors = tensors
-        self._buffers = [tensor.contiguous() for tensor in tensors]  # a copy only where it must be
+        self._buffers = _buffers(tensors, group)
         operation, self._divisor = _mean(group)
         self._work = _all_reduce(self._buffers, operation, group)
 
@@ -53,15 +56,16 @@ class ReduceScatterMean:
     """Average a 1-D tensor over the processes and keep one share of it: process r the r-th of equal parts."""
 
     def __init__(self, tensor: Tensor, group: Group = None) -> None:
-        self._tensor = tensor  # alive until the collective has read it
-        self._share = tensor.new_empty(tensor.numel() // dist.get_world_size(group))
+        self._device = tensor.device
+        (self._buffer,) = _buffers([tensor], group)  # alive until the collective has read it
+        self._share = self._buffer.new_empty(tensor.numel() // dist.get_world_size(group))
         operation, self._divisor = _mean(group)
-        self._work = _reduce_scatter(self._share, tensor, operation, group, async_op=True)
+        self._work = _reduce_scatter(self._share, self._buffer, operation, group, async_op=True)
 
     def wait(self, dtype: torch.dtype) -> Tensor:
         """[numel / world_size] The share, as `dtype`."""
         self._work.wait()
-        share = self._share.to(dtype)
+        share = self._share.to(self._device, dtype)
         return share.div_(self._divisor) if self._divisor != 1 else share
 
 
@@ -75,9 +79,26 @@ def _all_reduce(tensors: list[Tensor], operation: dist.ReduceOp.RedOpType, group
     return group.allreduce_coalesced(tensors, options)
 
 
-def all_gather(output: Tensor, share: Tensor, group: Group = None) -> Pending:
-    """Lay the shares of all processes end to end in `output`."""
-    return _all_gather(output, share, group, async_op=True)
+class AllGather:
+    """Lay the shares of all processes end to end in `output`, 1-D and contiguous. Valid after `wait()`."""
+
+    def __init__(self, output: Tensor, share: Tensor, group: Group = None) -> None:
+        self._output = output
+        self._gathered, self._share = _buffers([output, share], group)  # alive until the collective has used them
+        self._work = _all_gather(self._gathered, self._share, group, async_op=True)
+
+    def wait(self) -> None:
+        self._work.wait()
+        if self._gathered is not self._output:
+            self._output.copy_(self._gathered)
+
+
+def all_reduce_sum(tensor: Tensor, group: Group = None) -> None:
+    """Replace a tensor by its sum over the processes."""
+    (buffer,) = _buffers([tensor], group)
+    _all_reduce([buffer], dist.ReduceOp.SUM, group).wait()
+    if buffer is not tensor:
+        tensor.copy_(buffer)
 
 
 def broadcast(tensors: Iterable[Tensor], sources: Iterable[int] = repeat(0), group: Group = None) -> None:
@@ -85,19 +106,31 @@ def broadcast(tensors: Iterable[Tensor], sources: Iterable[int] = repeat(0), gro
 
     With NCCL they travel in one message, in which those of different sources use their links at the same time.
     """
-    messages = [(tensor, tensor.detach().contiguous(), source) for tensor, source in zip(tensors, sources)]
-    if not messages:
+    pairs = list(zip(tensors, sources))
+    if not pairs:
         return
+    buffers = _buffers([tensor.detach() for tensor, _ in pairs], group)
     together = dist.get_backend(group) == dist.Backend.NCCL
-    with _coalescing_manager(group, messages[0][1].device if together else None, async_ops=True) as coalesced:
+    with _coalescing_manager(group, buffers[0].device if together else None, async_ops=True) as coalesced:
         under_way = [
-            dist.broadcast(buffer, group=group, group_src=source, async_op=True) for _, buffer, source in messages
+            dist.broadcast(buffer, group=group, group_src=source, async_op=True)
+            for buffer, (_, source) in zip(buffers, pairs)
         ]
     for work in coalesced.works if together else under_way:
         work.wait()
-    for tensor, buffer, _ in messages:
+    for buffer, (tensor, _) in zip(buffers, pairs):
         if buffer.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(buffer)
+
+
+def _buffers(tensors: list[Tensor], group: Group) -> list[Tensor]:
+    """The memory that a message is sent from and received in: the tensors' own if they are contiguous, else copies.
+
+    With gloo the copies of GPU tensors are in host memory, for which this waits until the GPU has computed them.
+    """
+    if tensors[0].is_cuda and dist.get_backend(group) == dist.Backend.GLOO:
+        return [tensor.cpu() for tensor in tensors]
+    return [tensor.contiguous() for tensor in tensors]
 
 
 def check_same_everywhere(lines: list[str], what: str, group: Group = None) -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cs336_basics.model import Embedding, Linear
 from cs336_basics.nn_utils import gradient_norm, scale_gradients
-from cs336_systems.parallel.collectives import Group, check_same_everywhere
+from cs336_systems.parallel.collectives import Group, all_reduce_sum, check_same_everywhere
 from cs336_systems.parallel.flat import FlatDataParallel
 from cs336_systems.parallel.unit import ShardRange, Slot, Unit
 
@@ -120,7 +120,7 @@ class FSDP(FlatDataParallel):
         shards = [shard for unit in self.units for shard in unit.shards]
         device = next(self.module.parameters()).device  # the norm of no gradients is on the CPU
         sharded, replicated = (gradient_norm(parameters).to(device).square() for parameters in (shards, self.trainable))
-        dist.all_reduce(sharded, group=self.group)
+        all_reduce_sum(sharded, self.group)
         norm = (sharded + replicated).sqrt()
         scale_gradients([*shards, *self.trainable], norm, max_norm)
         return norm

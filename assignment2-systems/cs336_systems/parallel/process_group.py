@@ -54,8 +54,8 @@ def joined(backend: Backend = "auto", device: str = "auto", timeout_s: float = 6
     """Join the processes that torchrun has started, and leave them at the end.
 
     Args:
-        backend: nccl for GPUs, gloo for CPUs; auto for the one of the device.
-        device: cuda is the GPU that belongs to this process; cpu; auto for a GPU if there is one.
+        backend: nccl for GPUs; gloo for CPUs, and for GPUs through host memory; auto for the usual one of the device.
+        device: cuda is the GPU of this process; cpu; auto for a GPU if there is one.
         timeout_s: how long to wait for other processes, at the start and in every collective.
 
     Raises:
@@ -67,23 +67,30 @@ def joined(backend: Backend = "auto", device: str = "auto", timeout_s: float = 6
             "this needs to be started in several processes: torchrun --nproc-per-node 2 -m cs336_systems …"
         )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    process = Process(rank, world_size, device_of_process(device, int(os.environ.get("LOCAL_RANK", rank))))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    process = Process(rank, world_size, device_of_process(device, local_rank, backend))
     with _group(process, backend, "env://", timeout_s):
         yield process
 
 
-def device_of_process(name: str, local_rank: int) -> torch.device:
-    """The device of the process that is number `local_rank` on its machine."""
+def device_of_process(name: str, local_rank: int, backend: Backend = "auto") -> torch.device:
+    """The device of the process that is number `local_rank` on its machine.
+
+    With NCCL, which refuses to share one, each process has a GPU of its own. With gloo several may have the same.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
     if name != "cuda":
         raise ValueError(f"device {name!r} is none for several processes; choose auto, cuda or cpu")
-    if local_rank >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if backend == "gloo" and gpus:
+        return torch.device("cuda", local_rank % gpus)
+    if local_rank >= gpus:
         raise ValueError(
-            f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; lower "
-            "--nproc-per-node, or choose --device cpu"
+            f"process {local_rank} of this machine has no GPU: torch sees {gpus}; lower --nproc-per-node, let "
+            "processes share a GPU with --backend gloo, or choose --device cpu"
         )
     return torch.device("cuda", local_rank)
 
@@ -139,7 +146,7 @@ def _run_process(
     timeout_s: float,
     folder: str,
 ) -> None:
-    process = Process(rank, world_size, device_of_process(device, rank))
+    process = Process(rank, world_size, device_of_process(device, rank, backend))
     with _group(process, backend, f"file://{folder}/rendezvous", timeout_s):
         try:
             result = function(process, *args)

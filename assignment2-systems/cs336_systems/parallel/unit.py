@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cs336_basics.model import Embedding
-from cs336_systems.parallel.collectives import Group, Pending, ReduceScatterMean, all_gather, flatten
+from cs336_systems.parallel.collectives import AllGather, Group, ReduceScatterMean, flatten
 
 #: Where a unit has several weights, each begins at a multiple of so many elements: matrix products want it.
 ALIGNMENT = 64
@@ -63,7 +63,7 @@ class Unit:
         self.modules = modules
         self._group, self._gradient_group = group, gradient_group
         self._slots = list(weights.values())
-        self._gathering: Pending | None = None
+        self._gathering: AllGather | None = None
         self._is_gathered = False
         self._reducing: ReduceScatterMean | None = None
         #: Looking rows up needs no weights in the backward pass.
@@ -115,7 +115,7 @@ class Unit:
         if self._is_gathered or self._gathering:
             return
         self._flat.untyped_storage().resize_(self._bytes)
-        self._gathering = all_gather(self._flat, self._master.detach().to(self._flat.dtype), self._group)
+        self._gathering = AllGather(self._flat, self._master.detach().to(self._flat.dtype), self._group)
 
     def wait_gathered(self) -> None:
         """Gather the weights."""
@@ -219,7 +219,7 @@ class Unit:
     def full_weights(self) -> list[Tensor]:
         """The whole weights in the precision of the master weights, on every process."""
         flat = self._master.new_empty(self._size)
-        all_gather(flat, self._master, self._group).wait()
+        AllGather(flat, self._master, self._group).wait()
         return [
             flat[start : start + weight.numel()].view(weight.shape).clone()
             for start, weight in zip(self._starts, self.whole)

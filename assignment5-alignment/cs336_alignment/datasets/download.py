@@ -95,12 +95,24 @@ def _fetch_file(repository: str, file: str, folder: Path) -> Path:
     if path.suffix == ".tar":
         unfinished = folder / "csv.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
-        with tarfile.open(path) as archive:
-            archive.extractall(unfinished, filter="data")  # refuses paths that lead elsewhere
+        _unpack(path, unfinished)
         unfinished.replace(unpacked)
         path.unlink()
         return unpacked
     return path
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Write the files of an archive under `folder`. (`extractall` is safe from Python 3.11.4 on only.)"""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            target = (folder / member.name).resolve()
+            if not target.is_relative_to(folder.resolve()):
+                raise tarfile.TarError(f"{path} is refused: its entry {member.name} leads out of the folder")
+            if content := archive.extractfile(member) if member.isfile() else None:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with content, open(target, "wb") as file:
+                    shutil.copyfileobj(content, file)
 
 
 def _fetch_rows(source: Rows, split: str, path: Path) -> Path:
