@@ -7,7 +7,6 @@ gpt2_vocab.json and gpt2_merges.txt; tiktoken takes its own copy of GPT-2's voca
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from benchmarks.harness import interleaved, write_result
 from cs336_basics.bpe import train_bpe
 from cs336_basics.corpus import END_OF_TEXT
 from cs336_basics.data import tokenize_file
+from cs336_basics.machine import available_cpus
 from cs336_basics.tokenizer import Tokenizer
 
 
@@ -75,7 +75,7 @@ def encoding_rows(path: Path, gpt2: Path, megabytes: float, repeats: int) -> lis
     text = path.read_bytes()[: int(megabytes * 1e6)].decode(errors="ignore")
     documents = text.split(END_OF_TEXT)
     vocab, merges = gpt2 / "gpt2_vocab.json", gpt2 / "gpt2_merges.txt"
-    cores = os.cpu_count() or 1
+    cores = available_cpus()
 
     def tiktoken_encoding() -> tiktoken.Encoding:
         reference = tiktoken.get_encoding("gpt2")
@@ -126,7 +126,7 @@ def encoding_rows(path: Path, gpt2: Path, megabytes: float, repeats: int) -> lis
 
 def corpus_rows(path: Path, gpt2: Path, repeats: int) -> list[dict]:
     """The whole job: a text file into a file of uint16 token ids, on all cores."""
-    cores = os.cpu_count() or 1
+    cores = available_cpus()
     files = gpt2 / "gpt2_vocab.json", gpt2 / "gpt2_merges.txt"
     reference = tiktoken.get_encoding("gpt2")
     destination = Path("data") / "benchmark.npy"

@@ -43,7 +43,7 @@ def train_bpe(
         input_path: the corpus. Documents are separated by a special token.
         vocab_size: the most tokens the vocabulary may have, bytes and special tokens included.
         special_tokens: strings that become one id each and that nothing merges with.
-        num_workers: processes that count pre-tokens; default: all cores. The result does not depend on it.
+        num_workers: processes that count pre-tokens; default: one a core. The result does not depend on it.
         chunk_chars: characters that a process counts at a time. The result does not depend on it.
         errors: "strict", or "replace" to read bytes that are not UTF-8 as U+FFFD.
         progress: called with ("bytes read" or "merges", the number so far).

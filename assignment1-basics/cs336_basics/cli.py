@@ -53,7 +53,7 @@ class TrainBPE:
     special_tokens: tuple[str, ...] = (END_OF_TEXT,)
     """Strings that are one token each."""
     num_workers: int | None = None
-    """Processes that count words. Default: all cores. The result does not depend on it."""
+    """Processes that count words. Default: one for each available core. The result does not depend on it."""
     errors: DecodeErrors = "strict"
     """Bytes that are not UTF-8: stop and say where, or read them as U+FFFD."""
 
@@ -97,7 +97,7 @@ class Tokenize:
     special_tokens: tuple[str, ...] = (END_OF_TEXT,)
     """Strings that are one token each."""
     num_workers: int | None = None
-    """Processes. Default: all cores."""
+    """Processes. Default: one for each available core."""
     errors: DecodeErrors = "strict"
     """Bytes that are not UTF-8: stop and say where, or read them as U+FFFD."""
 

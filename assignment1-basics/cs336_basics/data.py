@@ -111,7 +111,7 @@ def tokenize_file(
     errors: DecodeErrors = "strict",
     progress: Callable[[int], None] | None = None,
 ) -> int:
-    """Tokenize a UTF-8 file into a token file, in `num_workers` processes (default: all cores) and constant memory.
+    """Tokenize a UTF-8 file into a token file, in `num_workers` processes (default: one a core) and constant memory.
 
     `progress` is called with the number of bytes read so far.
 

@@ -24,6 +24,8 @@ from typing import Any, Literal, TypeVar
 
 import regex
 
+from cs336_basics.machine import available_cpus
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 DecodeErrors = Literal["strict", "replace"]
@@ -75,7 +77,7 @@ def count_pretokens_in_file(
 ) -> Counter[str]:
     """`count_pretokens` of a UTF-8 file, streamed and counted by several processes.
 
-    The counts do not depend on `num_workers` (default: all cores) or `chunk_chars` (characters a
+    The counts do not depend on `num_workers` (default: one a core) or `chunk_chars` (characters a
     process counts at a time). Memory holds a few chunks and the distinct pre-tokens, never the file.
 
     Raises:
@@ -191,7 +193,7 @@ def parallel_map(
     initargs: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
     """`map` over processes: results in order, at most a few items in flight, in-process for one worker."""
-    num_workers = num_workers or os.cpu_count() or 1
+    num_workers = num_workers or available_cpus()
     if num_workers == 1:
         if initializer:
             initializer(*initargs)

@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cs336_basics.machine import available_cpus
+
 
 class RunLog:
     """Writes the metrics of a run as they come.
@@ -137,7 +139,7 @@ def environment(device: torch.device) -> dict[str, str | None]:
         **{name: _version(name) for name in ("torch", "numpy", "triton")},
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{device.type}, {os.cpu_count()} cores",
+        else f"{device.type}, {available_cpus()} cores",
     }
 
 

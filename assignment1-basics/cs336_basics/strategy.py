@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cs336_basics.checkpoint import read_checkpoint, restore, save_checkpoint
+from cs336_basics.machine import check_driver
 from cs336_basics.muon import parameters_for
 from cs336_basics.nn_utils import clip_gradient
 
@@ -103,8 +104,10 @@ def resolve_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one.
 
     Raises:
-        ValueError: this machine has no such device.
+        ValueError: this machine has no such device, or its NVIDIA driver is too old for this PyTorch.
     """
+    if name.startswith(("auto", "cuda")):
+        check_driver(torch.version.cuda)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -99,7 +99,7 @@ class Tokenizer:
         return [ids.tolist() for ids in self.encode_parallel(texts, num_workers)]
 
     def encode_parallel(self, texts: Iterable[str], num_workers: int | None = None) -> Iterator[array]:
-        """Lazily encode texts in `num_workers` processes (default: all cores), each into an array of C ints."""
+        """Lazily encode texts in `num_workers` processes (default: one a core), each into an array of C ints."""
         for group in parallel_map(_encode_in_worker, _groups(texts), num_workers, _start_worker, (self,)):
             yield from group
 

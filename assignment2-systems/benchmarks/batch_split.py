@@ -1,4 +1,4 @@
-"""Do two half batches give the gradient of the whole, bit for bit? In plain PyTorch: `python -m benchmarks.batch_split`.
+"""Do two half batches give a whole batch's gradient, bit for bit? In plain PyTorch: `python -m benchmarks.batch_split`.
 
 In exact arithmetic the mean of their gradients is that gradient. In floating point it is another order of summation, so
 that last bits differ wherever a matrix multiplication adds up the rows of the whole batch one after the other. The

@@ -1,3 +1,15 @@
-from cs336_systems.cli import main
+"""The program `cs336-systems`, or `python -m cs336_systems`."""
 
-main()
+from cs336_basics.machine import share_cores
+
+
+def main() -> None:
+    """Run the command line."""
+    share_cores()
+    from cs336_systems import cli  # and with it torch, whose threads share_cores is about
+
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 
 # Without a GPU the Triton kernels run in Triton's interpreter. Triton looks at this when a kernel is decorated.
 if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for this machine may have a GPU that PyTorch cannot use
     os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -13,7 +13,6 @@ DIR has MATH's train.jsonl and test.jsonl, with the fields problem, solution and
 
 import argparse
 import json
-import os
 import random
 import statistics
 import time
@@ -27,6 +26,7 @@ from math_verify import parse, verify
 from benchmarks.answer_variants import Pair, noise, pairs_from
 from cs336_alignment.grading import REWARD_FUNCTIONS, Grader, answers_equal, extract_boxed, quick, structure
 from cs336_alignment.grading.equality import TIMEOUT_S
+from cs336_alignment.machine import available_cpus
 from cs336_alignment.run_log import environment, write_atomically
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -82,7 +82,7 @@ def every_pair_row(answers: list[str]) -> dict:
     """All variants of all answers, the training half's too; those that are graded wrong are printed."""
     pairs = all_pairs(answers)
     started = time.perf_counter()
-    accepted = accepted_by_us(pairs, workers=os.cpu_count() or 1)
+    accepted = accepted_by_us(pairs, workers=available_cpus())
     row = summary("ours, every variant of train and test", pairs, accepted, time.perf_counter() - started)
     for pair, yes in zip(pairs, accepted):
         if yes != pair.equal:

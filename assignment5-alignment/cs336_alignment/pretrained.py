@@ -36,6 +36,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from cs336_alignment.machine import check_driver
+
 AttentionName = Literal["sdpa", "eager", "flash_attention_2"]
 
 #: Tags of the R1-Zero format. The tiny models read and write each as one token.
@@ -51,8 +53,10 @@ def resolve_device(name: str) -> torch.device:
     """The device of that name; "auto" is the GPU if there is one.
 
     Raises:
-        ValueError: this machine has no such device.
+        ValueError: this machine has no such device, or its NVIDIA driver is too old for this PyTorch.
     """
+    if name.startswith(("auto", "cuda")):
+        check_driver(torch.version.cuda)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -25,6 +25,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from cs336_alignment.machine import available_cpus
+
 #: What the line in the terminal shows, in this order, once there is a value.
 SHOWN = {
     "train/loss": "loss {:.4f}",
@@ -202,7 +204,7 @@ def environment(device: torch.device) -> dict[str, str | None]:
         **{name: _version(name) for name in packages},
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"{device.type}, {os.cpu_count()} cores",
+        else f"{device.type}, {available_cpus()} cores",
     }
 
 

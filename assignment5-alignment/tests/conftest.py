@@ -17,6 +17,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for this machine may have a GPU that PyTorch cannot use
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling for a CPU takes longer than the tests
 torch.set_num_threads(1)
 

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from cs336_basics.machine import check_driver
+
 Backend = Literal["auto", "nccl", "gloo"]
 T = TypeVar("T")
 
@@ -78,6 +80,8 @@ def device_of_process(name: str, local_rank: int, backend: Backend = "auto") -> 
 
     With NCCL, which refuses to share one, each process has a GPU of its own. With gloo several may have the same.
     """
+    if name in ("auto", "cuda"):
+        check_driver(torch.version.cuda)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
