@@ -50,8 +50,10 @@ demo-rl: $(SYNCED_$(ALIGNMENT)) ## teach a tiny model arithmetic: format by exam
 	@cd $(ALIGNMENT) && $(RUN) cs336-alignment demo
 
 test: setup .venv/.synced ## run the CPU tests of every package
-	@$(BASICS)/.venv/bin/python -m pytest -q tools/tests
-	@for package in $(PACKAGES); do (cd $$package && $(RUN) pytest -q) || exit 1; done
+	@TIMEFORMAT='CPU time of the tests: %0lU user, %0lS system; elapsed: %0lR'; time { \
+	  $(BASICS)/.venv/bin/python -m pytest -q tools/tests && \
+	  for package in $(PACKAGES); do (cd $$package && $(RUN) pytest -q) || exit 1; done; } && \
+	  uptime | sed 's/.*load/Load at the end: load/'
 
 writeups: $(SYNCED_$(BASICS)) $(SYNCED_$(SYSTEMS)) .venv/.synced ## build writeup1.pdf and writeup2.pdf from results/
 	@cd $(BASICS) && $(RUN) python -m experiments figures

@@ -74,8 +74,10 @@ def tokens_per_second(setting: dict[str, str], busy: int, seconds: float) -> flo
     """Train under a setting beside `busy` busy processes."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-m", "benchmarks.shared_machine", "--train", str(seconds)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with ExitStack() as stack, subprocess.Popen(command, env=inherited | setting, text=True, **pipes) as training:
+    with ExitStack() as stack:
+        training = stack.enter_context(
+            subprocess.Popen(command, env=inherited | setting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
         assert training.stdout is not None
         training.stdout.readline()
         for _ in range(busy):
