@@ -12,7 +12,8 @@ LOCKS = sorted([ROOT / "requirements.lock", *ROOT.glob("*/requirements*.lock")])
 
 
 def make(*arguments: str) -> str:
-    return subprocess.run(["make", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    command = ["make", "--no-print-directory", *arguments]  # these tests may run under make themselves
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 def test_help_lists_every_target():
