@@ -43,7 +43,7 @@ help: ## list the commands
 
 setup: $(foreach package,$(PACKAGES),$(SYNCED_$(package))) ## create every package's environment from its lock file
 
-demo: $(BASICS)/.venv/.synced ## train a tokenizer and a language model in minutes, then sample (DATA=path.txt: on your text)
+demo: $(SYNCED_$(BASICS)) ## train a tokenizer and a language model in minutes, then sample (DATA=path.txt: on your text)
 	@cd $(BASICS) && $(RUN) cs336-basics demo $(if $(DATA),--data "$(if $(filter /% ~%,$(firstword $(DATA))),,$(CURDIR)/)$(DATA)")
 
 demo-rl: $(SYNCED_$(ALIGNMENT)) ## teach a tiny model arithmetic: format by examples, then rewards (GRPO), in minutes
@@ -74,10 +74,10 @@ format: .venv/.synced ## format the code, mend what can be mended
 course-tests: setup ## run the course's own tests: COURSE=path of a checkout (Assignment 5: and MODEL=path)
 	@$(BASICS)/.venv/bin/python tools/course_tests.py "$(COURSE)" $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
-data-tinystories: $(BASICS)/.venv/.synced ## download TinyStories (2.2 GB) into assignment1-basics/data/tinystories
+data-tinystories: $(SYNCED_$(BASICS)) ## download TinyStories (2.2 GB) into assignment1-basics/data/tinystories
 	@cd $(BASICS) && $(RUN) python -m cs336_basics.download tinystories
 
-data-owt: $(BASICS)/.venv/.synced ## download the course's OpenWebText sample (12 GB) into assignment1-basics/data/owt
+data-owt: $(SYNCED_$(BASICS)) ## download the course's OpenWebText sample (12 GB) into assignment1-basics/data/owt
 	@cd $(BASICS) && $(RUN) python -m cs336_basics.download owt
 
 $(DATA_SETS): data-%: $(SYNCED_$(ALIGNMENT))
