@@ -115,10 +115,11 @@ def test_trapezoid_equals_torchs(warmup, decay, total):
     low, high = 0.02, 0.5
     parts = torch.optim.lr_scheduler
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=high)
-    rise = parts.LambdaLR(optimizer, lambda it: it / warmup if warmup else 1.0)
+    rise = [parts.LambdaLR(optimizer, lambda it: it / warmup)] if warmup else []
     level = parts.ConstantLR(optimizer, factor=1.0)
     fall = parts.LinearLR(optimizer, 1.0, low / high, total_iters=decay)
-    schedule = parts.SequentialLR(optimizer, [rise, level, fall], milestones=[warmup, total - decay])
+    milestones = [*([warmup] if warmup else []), total - decay]
+    schedule = parts.SequentialLR(optimizer, [*rise, level, fall], milestones)
     for it in range(total + 5):
         assert get_trapezoid_lr(it, high, low, warmup, decay, total) == pytest.approx(
             optimizer.param_groups[0]["lr"], abs=1e-12

@@ -101,6 +101,7 @@ def _run(process: Process, rendezvous: str, function: Callable, args: tuple) -> 
     store = dist.FileStore(rendezvous, process.world_size)
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     dist.init_process_group("gloo", store=store, timeout=timeout, rank=process.rank, world_size=process.world_size)
+    dist.barrier()  # a process that is done at once must not leave while others still connect to it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
