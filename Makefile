@@ -42,6 +42,7 @@ help: ## list the commands
 	@printf '\nvariables\n'; sed -n 's/^#   \(.*\)/\1/p' $(MAKEFILE_LIST)
 
 setup: $(foreach package,$(PACKAGES),$(SYNCED_$(package))) ## create every package's environment from its lock file
+	@$(BASICS)/.venv/bin/python -m cs336_basics.machine
 
 demo: $(SYNCED_$(BASICS)) ## train a tokenizer and a language model in minutes, then sample (DATA=path.txt: on your text)
 	@cd $(BASICS) && $(RUN) cs336-basics demo $(if $(DATA),--data "$(if $(filter /% ~%,$(firstword $(DATA))),,$(CURDIR)/)$(DATA)")

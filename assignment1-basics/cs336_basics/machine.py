@@ -7,6 +7,7 @@ this file and neither imports the other, so each has the same copy of it.
 import ctypes
 import math
 import os
+import sys
 from pathlib import Path
 
 #: How often an OpenMP thread looks for work before it sleeps (LOG.md has the measurements).
@@ -73,3 +74,18 @@ def cuda_version_of_driver() -> tuple[int, int] | None:
     except (OSError, AttributeError):
         return None
     return (number.value // 1000, number.value % 1000 // 10) if number.value else None
+
+
+def main() -> None:
+    """Say so if the driver is too old for the PyTorch that is installed, which then computes on the CPU."""
+    if cuda_version_of_driver():
+        import torch
+
+        try:
+            check_driver(torch.version.cuda)
+        except ValueError as error:
+            print(f"warning: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

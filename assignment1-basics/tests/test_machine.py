@@ -117,6 +117,18 @@ def test_devices_are_checked(monkeypatch):
     assert resolve_device("cpu").type == "cpu"
 
 
+def test_setup_warns_of_an_old_driver(monkeypatch, capsys):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr(machine, "cuda_version_of_driver", lambda: (13, 0))
+    machine.main()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(machine, "cuda_version_of_driver", lambda: (12, 4))
+    machine.main()
+    printed = capsys.readouterr().err
+    assert printed.startswith("warning: the NVIDIA driver") and "TORCH=" in printed and printed.count("\n") == 1
+
+
 def test_the_driver_of_this_machine():
     version = cuda_version_of_driver()
     assert version is None or version >= (9, 0)
