@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import torch
 import tyro
 from tyro.conf import OmitArgPrefixes
 
@@ -24,7 +23,7 @@ def run_command(
     """
 
     def fail(message: str, status: int = 2) -> NoReturn:
-        print(f"{program}: {message}", file=sys.stderr)
+        print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(status)
 
     try:
@@ -36,7 +35,11 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")  # which takes seconds to import, and who has not done so has no such error
+        full = torch is not None and isinstance(error, torch.OutOfMemoryError)
+        if not full and "out of memory" not in str(error).lower():  # as vLLM says it
+            raise
         fail(f"the GPU's memory is full ({str(error).splitlines()[0]}); {out_of_memory}")
     except (ValueError, FloatingPointError) as error:
         fail(str(error))
