@@ -5,9 +5,12 @@ Only matrix products are counted in FLOPs: everything else is below a percent of
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from cs336_basics.model import ModelConfig
+from cs336_basics.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 #: AdamW's arithmetic per parameter and step: m takes 3 operations, v takes 4, the square root, + ε, m / (...),
 #: · α and θ - ... take 5, and the decay θ - α λ θ takes 2.
@@ -61,7 +64,6 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     block_norms = 0 if config.norm == "none" else 2 * d
     return {
         "token embeddings": config.vocab_size * d,
-        "value embeddings": config.value_embeddings * config.vocab_size * d,
         "attention": layers * 4 * d * d,
         "feed-forward": layers * _ffn_matrices(config) * d * config.ffn_width,
         "norms": layers * (block_norms + qk_norms) + (d if config.norm == "pre" else 0),
@@ -175,6 +177,57 @@ def model_flops_utilisation(
     """
     seq = sequence_length or config.context_length
     return tokens_per_second * training_flops(config, sequence_length=seq) / seq / peak
+
+
+def print_tables(name: str, config: ModelConfig, batch_size: int, memory_gb: float, bytes_per_number: int) -> None:
+    """Print the parameters, the matmuls of a forward pass, and the memory of a training step as tables.
+
+    Args:
+        name: what the tables call the model.
+        config: the model.
+        batch_size: sequences per step.
+        memory_gb: memory of a GPU, in GB (10^9 bytes), for which the largest batch is printed.
+        bytes_per_number: 4 for float32, 2 for bfloat16.
+    """
+    from rich.console import Console
+
+    counts = parameter_counts(config)
+    parameters = _table(f"{name}: parameters", "component", "parameters", "share")
+    for component, count in counts.items():
+        parameters.add_row(component, f"{count:,}", f"{count / sum(counts.values()):.1%}")
+    parameters.add_section()
+    parameters.add_row("total", f"{sum(counts.values()):,}", "")
+
+    total = forward_flops(config, batch_size)
+    title = f"matmuls of a forward pass, {batch_size} x {config.context_length} tokens"
+    forward = _table(title, "matmul", "shape", "times", "FLOPs", "share")
+    for matmul in matmuls(config, batch_size):
+        shape = rf"\[{matmul.rows} x {matmul.inner}] \[{matmul.inner} x {matmul.columns}]"
+        forward.add_row(matmul.name, shape, f"{matmul.times:,}", f"{matmul.flops:.4g}", f"{matmul.flops / total:.1%}")
+    forward.add_section()
+    forward.add_row("total", "", "", f"{total:.4g}", "")
+
+    memory = training_memory(config, batch_size, bytes_per_number=bytes_per_number)
+    step = _table(f"a training step with AdamW, {bytes_per_number} bytes per number", "memory", "GB")
+    for part in ("parameters", "gradients", "optimizer_state", "activations", "total"):
+        step.add_row(part.replace("_", " "), f"{getattr(memory, part) / 1e9:.2f}")
+
+    console = Console()
+    for table in (parameters, forward, step):
+        console.print(table)
+    largest = max_batch_size(config, memory_gb * 1e9, bytes_per_number=bytes_per_number)
+    console.print(f"largest batch in {memory_gb:g} GB: {largest}")
+    console.print(f"one AdamW step: {adamw_step_flops(config):.4g} FLOPs")
+
+
+def _table(title: str, first: str, *numbers: str) -> "Table":
+    """Make a table whose columns after the first are right-aligned."""
+    from rich.table import Table
+
+    table = Table(first, title=title, title_justify="left")
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _ffn_matrices(config: ModelConfig) -> int:

@@ -2,11 +2,14 @@
 
 import io
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
+
+from cs336_basics.run_folder import sync
 
 #: A path or a binary file. `io.BytesIO` is IO[bytes] to static checkers, but not to those at run time.
 Destination = str | os.PathLike[str] | IO[bytes] | io.BufferedIOBase
@@ -40,7 +43,7 @@ def save_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-        _sync_folder(path.parent)
+        sync(path.parent)  # makes the rename survive a power cut
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(
@@ -94,10 +97,22 @@ def restore(
     return state
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Return where a run keeps the checkpoint of a step."""
+    return run_dir / "checkpoints" / f"step_{step:08d}.pt"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """List the complete checkpoints of a run, the oldest first. They are files, or folders of a sharded strategy."""
+    return sorted((run_dir / "checkpoints").glob("step_????????.pt"))
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run."""
+    return next(reversed(checkpoints(run_dir)), None)
+
+
+def delete_old_checkpoints(run_dir: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints of a run."""
+    for old in checkpoints(run_dir)[:-keep]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()

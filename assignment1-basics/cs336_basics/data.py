@@ -43,7 +43,7 @@ def get_batch(
     check_length(dataset, context_length)
     high = len(dataset) - context_length
     starts = rng.integers(high, size=batch_size) if rng else np.random.randint(high, size=batch_size)
-    return windows_at(dataset, starts, context_length, device)
+    return sequences_at(dataset, starts, context_length, device)
 
 
 def check_length(tokens: npt.NDArray[np.integer], context_length: int, name: str = "the data set") -> None:
@@ -54,7 +54,7 @@ def check_length(tokens: npt.NDArray[np.integer], context_length: int, name: str
         )
 
 
-def windows_at(
+def sequences_at(
     dataset: npt.NDArray[np.integer], starts: npt.NDArray[np.integer], context_length: int, device: str | torch.device
 ) -> tuple[Int[Tensor, "batch context_length"], Int[Tensor, "batch context_length"]]:
     """The windows that begin at `starts`, and the same windows one token on."""
@@ -68,6 +68,11 @@ def windows_at(
         reason = str(error).splitlines()[0]
         raise RuntimeError(f"{kind}cannot put a batch on device {str(device)!r}: {reason}") from error
     return windows[:, :-1], windows[:, 1:]
+
+
+def batch_starts(num_tokens: int, context_length: int, batch_size: int, seed: int, step: int) -> npt.NDArray[np.int64]:
+    """Return where the sequences of a step begin: uniformly distributed, and a function of seed and step alone."""
+    return np.random.default_rng((seed, step)).integers(num_tokens - context_length, size=batch_size)
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:

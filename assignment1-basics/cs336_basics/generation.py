@@ -5,41 +5,17 @@ filled up on the right; what the padding writes into the cache lies at positions
 because a token looks only at positions up to its own, and each is overwritten before it is reached.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import codecs
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cs336_basics.model import BasicsTransformerLM, LayerCache
+from cs336_basics.model import BasicsTransformerLM, KVCache
+from cs336_basics.model_config import SamplingConfig
 from cs336_basics.nn_utils import softmax
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 256
-    """The most tokens to generate for each prompt."""
-    temperature: float = 1.0
-    """Logits are divided by it: below 1 bolder, above 1 more varied; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Choose among the k likeliest tokens only."""
-    top_p: float | None = None
-    """Choose among the fewest tokens whose probabilities sum to at least this (nucleus sampling)."""
-    seed: int | None = 0
-    """Fixes the random choices; None for other ones every time."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"temperature is {self.temperature}, but must not be negative; 0 is greedy")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}, but must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, but must lie above 0 and at most at 1")
+from cs336_basics.tokenizer import Tokenizer
 
 
 def generate(
@@ -87,7 +63,7 @@ def generate_stream(
 
     texts = [list(prompt) for prompt in prompts]
     done = [False] * len(texts)
-    cache: list[LayerCache] | None = None
+    cache: list[KVCache] | None = None
     cached_starts: list[int] = []
     was_training = model.training
     model.eval()
@@ -107,7 +83,7 @@ def generate_stream(
                 last = torch.tensor([len(window) - 1 for window in windows], device=device)
                 logits = model(token_ids, positions, cache)[torch.arange(len(windows), device=device), last]
 
-            chosen = choose(logits.float(), sampling, rng).tolist()
+            chosen = sample(logits.float(), sampling, rng).tolist()
             done = [finished or token == stop_token_id for finished, token in zip(done, chosen)]
             if all(done):
                 return
@@ -128,7 +104,7 @@ def window_start(length: int, context_length: int) -> int:
     return max(0, -(-(length - context_length) // stride)) * stride
 
 
-def choose(
+def sample(
     logits: Float[Tensor, "batch vocab"], sampling: SamplingConfig, rng: torch.Generator | None = None
 ) -> Int[Tensor, " batch"]:
     """Choose one token of each row."""
@@ -157,6 +133,34 @@ def filter_logits(
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(outside, -torch.inf)
     return logits
+
+
+def print_continuations(
+    model: BasicsTransformerLM, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingConfig
+) -> None:
+    """Print the continuations of prompts: one as it is generated, several one below the other when they are complete.
+
+    The tokenizer's first special token ends a continuation, and starts one whose prompt is empty.
+    """
+    stop = tokenizer.token_to_id[tokenizer.special_tokens[0].encode()]
+    prompt_ids = [tokenizer.encode(prompt) or [stop] for prompt in prompts]
+    texts = list(prompts)
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]  # characters may span tokens
+    show: Callable[..., None] = print if len(prompts) == 1 else (lambda *_, **__: None)
+    show(prompts[0], end="", flush=True)
+    for tokens in generate_stream(model, prompt_ids, sampling, stop):
+        for index, token in enumerate(tokens):
+            if token is not None:
+                piece = decoders[index].decode(tokenizer.vocab[token])
+                texts[index] += piece
+                show(piece, end="", flush=True)
+    for index, decoder in enumerate(decoders):
+        rest = decoder.decode(b"", final=True)  # half a character at the end
+        texts[index] += rest
+        show(rest)
+    if len(prompts) > 1:
+        for number, text in enumerate(texts, start=1):
+            print(f"--- {number}\n{text}")
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:

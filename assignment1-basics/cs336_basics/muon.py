@@ -114,8 +114,3 @@ def orthogonalize(matrices: Float[Tensor, "matrix m n"], rounds: int = 5) -> Flo
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
-
-
-def parameters_for(optimizer_class: type[torch.optim.Optimizer], model: nn.Module) -> Any:
-    """What an optimizer gets of a model: groups if it tells some parameters from others, else all of them."""
-    return optimizer_class.groups(model) if issubclass(optimizer_class, Muon) else model.parameters()

@@ -17,11 +17,6 @@ def squared_relu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return torch.relu(x).square()
 
 
-def softcap(x: Float[Tensor, "..."], cap: float) -> Float[Tensor, "..."]:
-    """cap · tanh(x / cap): nearly x where |x| is small against `cap`, and never beyond it (Gemma Team 2024)."""
-    return cap * torch.tanh(x / cap)
-
-
 def softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     """exp(x) / Σ exp(x) along `dim`."""
     exp = torch.exp(_below_zero(x, dim))

@@ -1,10 +1,11 @@
-"""AdamW, and learning-rate schedules."""
+"""AdamW, the parameters that an optimizer gets, and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class AdamW(torch.optim.Optimizer):
@@ -62,17 +63,23 @@ class AdamW(torch.optim.Optimizer):
             state["t"] += 1
         steps = [self.state[parameter]["t"] for parameter in parameters]
         moments = [self.state[parameter]["m"] for parameter in parameters]
-        squares = [self.state[parameter]["v"] for parameter in parameters]
+        second_moments = [self.state[parameter]["v"] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
 
         torch._foreach_lerp_(moments, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_mul_(second_moments, beta2)
+        torch._foreach_addcmul_(second_moments, gradients, gradients, 1 - beta2)
+        denominators = torch._foreach_sqrt(second_moments)
         torch._foreach_add_(denominators, eps)
         step_sizes = [-lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]
         torch._foreach_addcdiv_(parameters, moments, denominators, step_sizes)
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+
+
+def parameters_for(optimizer_class: type[torch.optim.Optimizer], model: nn.Module) -> Any:
+    """Return what to pass to an optimizer: the groups its class makes with `groups(model)`, or all parameters."""
+    groups = getattr(optimizer_class, "groups", None)
+    return groups(model) if groups else model.parameters()
 
 
 def get_cosine_lr(

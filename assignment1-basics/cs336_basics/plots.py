@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cs336_basics.run_log import read_metrics
+from cs336_basics.run_folder import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,7 +56,7 @@ def save_figures(draw: Mapping[str, Callable[[], "Figure"]], folder: Path) -> No
             plt.close(figure)
 
 
-def plot_loss(run: Path, destination: Path) -> None:
+def plot_loss(run_dir: Path, destination: Path) -> None:
     """Draw training and validation loss of a run against its tokens, as PNG."""
     import matplotlib  # here, because it takes a second that most commands need not wait for
 
@@ -64,7 +64,7 @@ def plot_loss(run: Path, destination: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    records = read_metrics(run / "metrics.jsonl")
+    records = read_metrics(run_dir / "metrics.jsonl")
     training = [record for record in records if "loss" in record]
     tokens_at = {record["step"]: record["tokens"] for record in training}
     validation = [record for record in records if "valid_loss" in record]
@@ -82,7 +82,7 @@ def plot_loss(run: Path, destination: Path) -> None:
         markersize=4,
         label=f"validation (last: {validation[-1]['valid_loss']:.3f})" if validation else "validation",
     )
-    axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=run.name)
+    axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=run_dir.name)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend()

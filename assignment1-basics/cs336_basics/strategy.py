@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from cs336_basics.checkpoint import read_checkpoint, restore, save_checkpoint
 from cs336_basics.machine import check_driver
-from cs336_basics.muon import parameters_for
 from cs336_basics.nn_utils import clip_gradient
+from cs336_basics.optimizer import parameters_for
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cs336_basics.bpe import Merges, Vocab
+from cs336_basics.run_folder import write_atomically
 
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 _OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
@@ -77,3 +78,30 @@ def load_merges(path: str | os.PathLike[str]) -> Merges:
             raise ValueError(f"{path}, line {number}: expected two tokens with a space between, found {line!r}")
         merges.append((text_to_token(pair[0]), text_to_token(pair[1])))
     return merges
+
+
+def tokenizer_files(folder: Path, vocab_size: int, *, required: bool) -> list[Path]:
+    """Return the files of the tokenizer in `folder`, or none if it has none and `required` is False.
+
+    Raises:
+        FileNotFoundError: a required file is missing.
+        ValueError: the number of tokens is not `vocab_size`, the model's.
+    """
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    missing = [path for path in files if not path.is_file()]
+    if missing and required:
+        raise FileNotFoundError(f"there is no {missing[0]}; name the folder that `cs336-basics train-bpe` wrote")
+    if missing:
+        return []
+    size = len(load_vocab(files[0]))
+    if size != vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {size} tokens, but the model's vocab_size is {vocab_size}; make them equal"
+        )
+    return files
+
+
+def copy_tokenizer(files: Iterable[Path], folder: Path) -> None:
+    """Copy the files of a tokenizer into another folder, each one atomically."""
+    for path in files:
+        write_atomically(folder / path.name, path.read_text(encoding="utf-8"))

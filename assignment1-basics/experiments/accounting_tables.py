@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_basics import accounting
-from cs336_basics.model import ModelConfig
+from cs336_basics.model_config import ModelConfig
 from cs336_basics.presets import MODELS
 from experiments.results import RESULTS, write_result
 

@@ -5,14 +5,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from typing import TYPE_CHECKING, Any
 
 from cs336_basics.plots import panels, save_figures
 from experiments.results import RESULTS, read_result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ def _rows(problem: str, results: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in read_result(problem, results)["rows"]}
 
 
-def _curves(axes: Axes, rows: dict[str, dict[str, Any]], kind: str) -> None:
+def _curves(axes: "Axes", rows: dict[str, dict[str, Any]], kind: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
     for label, row in rows.items():
         if kind == "valid_loss":
             per_step = row["config"]["batch_size"] * row["config"]["model"]["context_length"]
@@ -45,7 +47,7 @@ def _curves(axes: Axes, rows: dict[str, dict[str, Any]], kind: str) -> None:
     axes.set_xlabel("tokens")
 
 
-def token_budget(results: Path) -> Figure:
+def token_budget(results: Path) -> "Figure":
     """Validation and training loss for four lengths of training."""
     figure, (valid, train) = panels(2)
     rows = _rows("token_budget", results)
@@ -57,7 +59,7 @@ def token_budget(results: Path) -> Figure:
     return figure
 
 
-def learning_rate(results: Path) -> Figure:
+def learning_rate(results: Path) -> "Figure":
     """Curves of the sweep, and where they end against the learning rate."""
     figure, (curves, ends) = panels(2)
     rows = _rows("learning_rate", results)
@@ -79,7 +81,7 @@ def learning_rate(results: Path) -> Figure:
     return figure
 
 
-def ablations(results: Path) -> Figure:
+def ablations(results: Path) -> "Figure":
     """Validation against training loss of every run, which tells fitting from generalising."""
     figure, (points, curves) = panels(2)
     rows = _rows("ablations", results)
@@ -101,7 +103,7 @@ def ablations(results: Path) -> Figure:
     return figure
 
 
-def batch_size(results: Path) -> Figure:
+def batch_size(results: Path) -> "Figure":
     """Loss against tokens and against time."""
     figure, (by_tokens, by_time) = panels(2)
     rows = {name: row for name, row in _rows("batch_size_experiment", results).items() if row["steps_done"]}
@@ -114,7 +116,7 @@ def batch_size(results: Path) -> Figure:
     return figure
 
 
-def main_experiment(results: Path) -> Figure:
+def main_experiment(results: Path) -> "Figure":
     """The same model on two corpora."""
     figure, (axes,) = panels(1)
     small, broad = _rows("token_budget", results)["1250 steps"], _rows("main_experiment", results)["lr 0.004"]
@@ -125,7 +127,7 @@ def main_experiment(results: Path) -> Figure:
     return figure
 
 
-def toy_sgd(results: Path) -> Figure:
+def toy_sgd(results: Path) -> "Figure":
     """Loss against the step for each learning rate."""
     figure, (axes,) = panels(1, 1.9)
     for row in read_result("learning_rate_tuning", results)["rows"]:
@@ -135,6 +137,6 @@ def toy_sgd(results: Path) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Path], Figure]] = {
+FIGURES: dict[str, Callable[[Path], "Figure"]] = {
     draw.__name__: draw for draw in (token_budget, learning_rate, ablations, batch_size, main_experiment, toy_sgd)
 }

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cs336_basics.training import TrainConfig
+from experiments.leaderboard_config import LeaderboardConfig
 from experiments.models import TrainModels
 from experiments.results import RESULTS
 from experiments.sweep import Attention, Run, run_here
@@ -73,9 +73,9 @@ FINALS: dict[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is made of."""
+    """The configuration of a run, and its attention."""
 
-    config: TrainConfig
+    config: LeaderboardConfig
     attention: Attention = "plain"
 
     def changed(self, changes: Mapping[str, Any]) -> "Recipe":
@@ -158,7 +158,8 @@ class Leaderboard:
                 print(f"kept: {name}")
         return recipe
 
-    def baseline(self) -> TrainConfig:
-        """The course's model, with the learning rate that was best for TinyStories."""
-        config = TrainModels(broad=self.broad, device=self.device).base("owt", STEPS, eval_every=STEPS)
+    def baseline(self) -> LeaderboardConfig:
+        """Return the course's model, with the learning rate that was best for TinyStories."""
+        base = TrainModels(broad=self.broad, device=self.device).base("owt", STEPS, eval_every=STEPS)
+        config = LeaderboardConfig.of(base)
         return replace(config, optimizer=replace(config.optimizer, warmup_steps=STEPS // 20))

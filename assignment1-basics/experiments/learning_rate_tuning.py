@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from experiments.results import RESULTS, write_result
 
 
@@ -24,6 +22,8 @@ class LearningRateTuning:
 
     def execute(self) -> None:
         """Run."""
+        import torch
+
         rows = []
         for lr in self.lrs:
             torch.manual_seed(self.seed)

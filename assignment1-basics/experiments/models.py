@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_basics.presets import TRAIN
-from cs336_basics.training import OptimizerConfig, TrainConfig
+from cs336_basics.train_config import OptimizerConfig, TrainConfig
 from experiments.results import RESULTS
 from experiments.sweep import Run, run_all
 
@@ -65,7 +65,7 @@ class TrainModels:
             valid_data=data / "valid.npy",
             device=self.device,
             steps=steps,
-            eval_windows=None,
+            eval_sequences=None,
             eval_every=max(1, steps // 20),
             checkpoint_every=steps,
         )

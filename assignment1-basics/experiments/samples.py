@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cs336_basics.corpus import END_OF_TEXT
-from cs336_basics.generation import SamplingConfig, generate
-from cs336_basics.runs import load_model, load_tokenizer
-from cs336_basics.strategy import resolve_device
+from cs336_basics.model_config import SamplingConfig
 from experiments.results import RESULTS, write_result
 
 #: Temperature and top-p; 0 is greedy.
@@ -32,6 +30,10 @@ class Samples:
 
     def execute(self) -> None:
         """Write."""
+        from cs336_basics.generation import generate
+        from cs336_basics.load_run import load_model, load_tokenizer
+        from cs336_basics.strategy import resolve_device
+
         rows = []
         for number, run in enumerate(self.runs):
             prompt = self.prompts[min(number, len(self.prompts) - 1)]

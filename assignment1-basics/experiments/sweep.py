@@ -14,21 +14,22 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from rich.progress import Progress, TimeElapsedColumn
+from cs336_basics.run_folder import config_to_json, differences, environment, read_metrics
+from cs336_basics.train_config import TrainConfig
+from experiments.leaderboard_config import LeaderboardConfig
+from experiments.results import read_result, result_path, write_result
 
-from cs336_basics.model import CausalAttention
-from cs336_basics.run_log import environment, read_metrics
-from cs336_basics.strategy import resolve_device
-from cs336_basics.training import TrainConfig, config_to_json, differences, train
-from experiments.results import read_result, write_result
+if TYPE_CHECKING:
+    from cs336_basics.model import CausalAttention
 
 #: Points of a curve that are kept, each the mean of the steps it stands for.
 POINTS = 100
 #: What a run's result does not depend on, or what is not the same on another machine.
-_NOT_COMPARED = ("run", "train_data", "valid_data", "tokenizer", "device", "keep_checkpoints", "checkpoint_every")
+_NOT_COMPARED = ("run_dir", "train_data", "valid_data", "tokenizer", "device", "keep_checkpoints", "checkpoint_every")
+#: Names of fields in older results -> their names today.
+_RENAMED = {"eval_windows": "eval_sequences"}
 #: Steps of the two runs that a run against the clock is preceded by: one compiles, one is timed.
 PROBE_STEPS = 40
 #: Share of the time that is planned for: a step may be slower than it was in the probe.
@@ -58,7 +59,9 @@ def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minu
         folder: for the folders of the runs.
         results: where `<problem>.json` is kept, rewritten whenever a run has ended.
     """
-    runs = [replace(run, config=replace(run.config, run=folder / run.problem / run.name)) for run in runs]
+    from rich.progress import Progress, TimeElapsedColumn
+
+    runs = [replace(run, config=replace(run.config, run_dir=folder / run.problem / run.name)) for run in runs]
     rows = {problem: _rows(problem, results) for problem in dict.fromkeys(run.problem for run in runs)}
     missing = [run for run in runs if not _is_done(run, rows[run.problem])]
     print(f"{len(runs)} runs, of which {len(runs) - len(missing)} are in {results}")
@@ -87,7 +90,7 @@ def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minu
 
 def run_here(run: Run, folder: Path, results: Path) -> dict[str, Any]:
     """Train one model in this process, unless it is in the results, and return its row."""
-    run = replace(run, config=replace(run.config, run=folder / run.problem / run.name))
+    run = replace(run, config=replace(run.config, run_dir=folder / run.problem / run.name))
     rows = _rows(run.problem, results)
     if done := next((row for row in rows if _is_the_row(run, row)), None):
         return done
@@ -117,7 +120,7 @@ def summary(config: TrainConfig) -> dict[str, Any]:
 
 
 def _rows(problem: str, results: Path) -> list[dict[str, Any]]:
-    return read_result(problem, results)["rows"] if (results / f"{problem}.json").exists() else []
+    return read_result(problem, results)["rows"] if result_path(problem, results).exists() else []
 
 
 def _with(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -138,24 +141,42 @@ def _is_done(run: Run, rows: list[dict[str, Any]]) -> bool:
 def _is_the_row(run: Run, row: dict[str, Any]) -> bool:
     asked = run.config if run.seconds is None else stretched(run.config, row["config"]["steps"])
     same = (row.get("attention", "plain"), row.get("seconds")) == (run.attention, run.seconds)
-    return row["name"] == run.name and same and not differences(row["config"], summary(asked))
+    stored = {_RENAMED.get(key, key): value for key, value in row["config"].items()}
+    defaults = config_to_json(type(asked)())
+    return row["name"] == run.name and same and not differences(stored, summary(asked), defaults=defaults)
+
+
+def train(config: TrainConfig, causal_attention: "CausalAttention | None" = None) -> None:
+    """Train one model, with the leaderboard's options if the configuration has them."""
+    from cs336_basics import training
+    from experiments import leaderboard_model
+
+    if isinstance(config, LeaderboardConfig):
+        leaderboard_model.train(config, causal_attention)
+    else:
+        training.train(config, causal_attention=causal_attention)
 
 
 def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
     """Train one model, in a process of the pool; None if it is too late to begin."""
     if time.time() > deadline:
         return None
+    import torch
+
+    from cs336_basics.run_log import PACKAGES
+    from cs336_basics.strategy import resolve_device
+
     device = resolve_device(run.config.device)
     torch.compiler.reset()  # a compiled model is not kept for the next one, whose shapes differ
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     if run.seconds is not None:
-        shutil.rmtree(run.config.run, ignore_errors=True)
-    run.config.run.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run.config.run_dir, ignore_errors=True)
+    run.config.run_dir.mkdir(parents=True, exist_ok=True)
     status, config, compile_s, began = "finished", run.config, None, time.perf_counter()
     with ExitStack() as stack:
-        log = stack.enter_context((run.config.run / "log.txt").open("a", encoding="utf-8"))
+        log = stack.enter_context((run.config.run_dir / "log.txt").open("a", encoding="utf-8"))
         stack.enter_context(redirect_stdout(log))
         stack.enter_context(redirect_stderr(log))
         try:
@@ -170,7 +191,7 @@ def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
             status = "out of memory"
     wall_s = time.perf_counter() - began
     if run.seconds is not None:
-        shutil.rmtree(config.run / "checkpoints", ignore_errors=True)
+        shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
         if status == "finished" and wall_s > run.seconds:
             status = "out of time"
     return {
@@ -179,24 +200,24 @@ def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
         "config": summary(config),
         "attention": run.attention,
         **({} if run.seconds is None else {"seconds": run.seconds, "compile_and_probe_s": compile_s}),
-        **environment(device),
+        **environment(device, PACKAGES),
         "models_at_once": workers,
         "wall_s": round(wall_s, 1),
         "peak_GB": round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else None,
-        **measured(read_metrics(run.config.run / "metrics.jsonl")),
+        **measured(read_metrics(run.config.run_dir / "metrics.jsonl")),
     }
 
 
-def _as_many_steps_as_fit(run: Run, seconds: float, attention: CausalAttention | None) -> TrainConfig:
+def _as_many_steps_as_fit(run: Run, seconds: float, attention: "CausalAttention | None") -> TrainConfig:
     """Compile what the run needs, time some of its steps, and give it as many as fit into `seconds`."""
-    probe = replace(stretched(run.config, PROBE_STEPS), run=run.config.run / "probe", eval_every=PROBE_STEPS)
+    probe = replace(stretched(run.config, PROBE_STEPS), run_dir=run.config.run_dir / "probe", eval_every=PROBE_STEPS)
     for _ in range(2):
-        shutil.rmtree(probe.run, ignore_errors=True)
+        shutil.rmtree(probe.run_dir, ignore_errors=True)
         began = time.perf_counter()
         train(probe, causal_attention=attention)
         wall_s = time.perf_counter() - began
-    step_s = read_metrics(probe.run / "metrics.jsonl")[-2]["seconds"] / PROBE_STEPS
-    shutil.rmtree(probe.run)
+    step_s = read_metrics(probe.run_dir / "metrics.jsonl")[-2]["seconds"] / PROBE_STEPS
+    shutil.rmtree(probe.run_dir)
     around_s = wall_s - PROBE_STEPS * step_s  # the model's start, an evaluation, a checkpoint
     evaluations = run.config.steps // run.config.eval_every
     steps = int((PLANNED * seconds - evaluations * around_s) / step_s)
@@ -205,7 +226,7 @@ def _as_many_steps_as_fit(run: Run, seconds: float, attention: CausalAttention |
     return stretched(run.config, steps)
 
 
-def _attention(name: Attention) -> CausalAttention | None:
+def _attention(name: Attention) -> "CausalAttention | None":
     if name == "plain":
         return None
     try:

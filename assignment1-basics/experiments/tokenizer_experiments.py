@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 from cs336_basics.corpus import END_OF_TEXT
-from cs336_basics.runs import load_tokenizer
 from cs336_basics.tokenizer import Tokenizer
 from experiments.results import RESULTS, write_result
 
@@ -40,6 +39,8 @@ class TokenizerExperiments:
 
     def execute(self) -> None:
         """Measure, and write tokenizer_experiments.json."""
+        from cs336_basics.load_run import load_tokenizer
+
         rows = []
         for corpus, path in (("tinystories", self.tinystories), ("broad", self.broad)):
             documents = list(_documents(path, int(self.megabytes * 1e6)))

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from cs336_basics.checkpoint import read_checkpoint, restore, save_checkpoint
-from cs336_basics.model import BasicsTransformerLM, ModelConfig
-from cs336_basics.muon import Muon, NorMuon, orthogonalize, parameters_for
-from cs336_basics.optimizer import AdamW
+from cs336_basics.model import BasicsTransformerLM
+from cs336_basics.model_config import ModelConfig
+from cs336_basics.muon import Muon, NorMuon, orthogonalize
+from cs336_basics.optimizer import AdamW, parameters_for
 
 SHAPES = [(8, 8), (16, 40), (40, 16), (16, 40), (1, 5), (7, 1)]
-CONFIG = ModelConfig(31, 8, 16, 2, 2, 24, qk_norm=True, value_embeddings=1)
+CONFIG = ModelConfig(31, 8, 16, 2, 2, 24, qk_norm=True)
 
 
 def matrices(seed=0):
