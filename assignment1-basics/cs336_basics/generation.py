@@ -1,8 +1,8 @@
-"""Sampling text from a model.
+"""Sample text from a model.
 
-The key-value cache works on prompts of different lengths at once without padding on the left. Prompts are
-filled up on the right; what the padding writes into the cache lies at positions that no real token looks at,
-because a token looks only at positions up to its own, and each is overwritten before it is reached.
+The KV cache handles prompts of different lengths at once without padding on the left. Shorter prompts are padded on
+the right. What the padding writes into the cache is at positions that no real token attends to, because a token
+attends only to positions up to its own, and each of them is overwritten before it is reached.
 """
 
 import codecs
@@ -25,7 +25,7 @@ def generate(
     stop_token_id: int | None = None,
     use_cache: bool = True,
 ) -> list[list[int]]:
-    """The tokens that the model continues each prompt with; see `generate_stream`."""
+    """Return the tokens with which the model continues each prompt; see `generate_stream` for the arguments."""
     continuations: list[list[int]] = [[] for _ in prompts]
     for tokens in generate_stream(model, prompts, sampling, stop_token_id, use_cache):
         for continuation, token in zip(continuations, tokens, strict=True):
@@ -42,15 +42,20 @@ def generate_stream(
     stop_token_id: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
-    """Yield the next token of every prompt as it is chosen; None once a prompt has come to its end.
+    """Yield the next token of every prompt as it is chosen, or None once its continuation has ended.
+
+    If a text is longer than the context length, the model sees a window of its last tokens. When the window is full, it
+    moves on by half its length (see `window_start`).
 
     Args:
-        prompts: token ids, at least one each; lengths may differ.
-        stop_token_id: ends a continuation, of which it is no part.
+        model: the model; it is in training mode again afterwards if it was before.
+        prompts: token ids, at least one per prompt; lengths may differ.
+        sampling: how tokens are chosen.
+        stop_token_id: ends a continuation, and is not part of it.
         use_cache: False computes every step from scratch, for comparison; the tokens are the same.
 
-    A text longer than the context length is seen through a window of its last tokens: when it is full, it
-    moves on by half its length (see `window_start`).
+    Raises:
+        ValueError: a prompt is empty, or has a token that the model does not know.
     """
     sampling = sampling or SamplingConfig()
     _check_prompts(prompts, model.vocab_size)
@@ -70,7 +75,7 @@ def generate_stream(
     try:
         for _ in range(sampling.max_new_tokens):
             starts = [window_start(len(text), model.context_length) for text in texts]
-            if cache is not None and starts == cached_starts:  # all but the last token is in the cache
+            if cache is not None and starts == cached_starts:  # all but the last token are in the cache
                 token_ids = torch.tensor([text[-1:] for text in texts], device=device)
                 positions = torch.tensor([[len(text) - 1 - start] for text, start in zip(texts, starts)], device=device)
                 logits = model(token_ids, positions, cache)[:, -1]
@@ -88,14 +93,14 @@ def generate_stream(
             if all(done):
                 return
             for text, token in zip(texts, chosen):
-                text.append(token)  # to finished texts too: the rows of the cache move on together
+                text.append(token)  # to finished texts too, because all sequences of the cache move on together
             yield [None if finished else token for finished, token in zip(done, chosen)]
     finally:
         model.train(was_training)
 
 
 def window_start(length: int, context_length: int) -> int:
-    """Where the model's view of a text of `length` tokens begins: 0, then on by half a context when it is full.
+    """Return where the model's window on a text of `length` tokens begins: at 0, later in steps of half a context.
 
     >>> [window_start(length, 8) for length in (7, 8, 9, 12, 13)]
     [0, 0, 4, 4, 8]
@@ -107,21 +112,21 @@ def window_start(length: int, context_length: int) -> int:
 def sample(
     logits: Float[Tensor, "batch vocab"], sampling: SamplingConfig, rng: torch.Generator | None = None
 ) -> Int[Tensor, " batch"]:
-    """Choose one token of each row."""
+    """Choose one token per sequence."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    below_zero = logits - logits.amax(-1, keepdim=True)  # so that no temperature is too low to divide by
-    probabilities = softmax(filter_logits(below_zero / sampling.temperature, sampling.top_k, sampling.top_p))
+    shifted = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature is too low to divide by
+    probabilities = softmax(filter_logits(shifted / sampling.temperature, sampling.top_k, sampling.top_p))
     return torch.multinomial(probabilities, 1, generator=rng).squeeze(-1)
 
 
 def filter_logits(
     logits: Float[Tensor, "batch vocab"], top_k: int | None = None, top_p: float | None = None
 ) -> Float[Tensor, "batch vocab"]:
-    """Set the logits of all but the likeliest tokens to -∞: first to `top_k` tokens, then to the nucleus of `top_p`.
+    """Keep the logits of the `top_k` most likely tokens and of these the nucleus of `top_p`; set all others to -∞.
 
-    The nucleus (Holtzman et al. 2020) is the smallest set of likeliest tokens whose probabilities sum to at
-    least `top_p`; it is never empty.
+    The nucleus (Holtzman et al. 2020) is the smallest set of most likely tokens whose probabilities sum to at least
+    `top_p`; it is never empty.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         inside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(top_k, dim=-1).indices, True)
@@ -129,7 +134,7 @@ def filter_logits(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = softmax(ordered)
-        before = probabilities.cumsum(-1) - probabilities  # of all likelier tokens
+        before = probabilities.cumsum(-1) - probabilities  # the sum over all more likely tokens
         outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
         logits = logits.masked_fill(outside, -torch.inf)
     return logits
@@ -166,7 +171,7 @@ def print_continuations(
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     for number, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {number} is empty; begin with at least one token, <|endoftext|> say")
+            raise ValueError(f"prompt {number} is empty; begin with at least one token, for example <|endoftext|>")
         outside = [token for token in prompt if not 0 <= token < vocab_size]
         if outside:
             raise ValueError(

@@ -17,11 +17,11 @@ class AdamW(torch.optim.Optimizer):
         θ ← θ - α √(1 - β₂ᵗ)/(1 - β₁ᵗ) · m / (√v + ε)
         θ ← θ - α λ θ
 
-    Each line is one call over all parameters at once, which is a handful of GPU kernels instead of
-    hundreds. Parameters without a gradient are left alone.
+    Each line is a call or two over all parameters at once, which launches a handful of GPU kernels instead of hundreds.
+    Parameters without a gradient are not changed.
 
     Args:
-        params: parameters, or groups of them with options of their own.
+        params: parameters, or groups of parameters with options of their own.
         lr: learning rate α.
         betas: decay rates β₁, β₂ of the two moments, in [0, 1).
         eps: ε.
@@ -85,7 +85,7 @@ def parameters_for(optimizer_class: type[torch.optim.Optimizer], model: nn.Modul
 def get_cosine_lr(
     it: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, cosine_cycle_iters: int
 ) -> float:
-    """The learning rate at step `it`: a linear rise, half a cosine wave down, then flat (Touvron et al. 2023).
+    """Return the learning rate at step `it`: a linear rise, half a cosine wave down, then flat (Touvron et al. 2023).
 
     - it < warmup_iters: max · it / warmup_iters
     - up to cosine_cycle_iters: min + (max - min) · (1 + cos(π · progress)) / 2
@@ -102,7 +102,7 @@ def get_cosine_lr(
 def get_trapezoid_lr(
     it: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, decay_iters: int, total_iters: int
 ) -> float:
-    """The learning rate at step `it`: a linear rise, level, then straight down (Zhai et al. 2022; Hu et al. 2024).
+    """Return the learning rate at step `it`: linear rise, constant, linear fall (Zhai et al. 2022; Hu et al. 2024).
 
     - it < warmup_iters: max · it / warmup_iters
     - up to total_iters - decay_iters: max

@@ -1,4 +1,4 @@
-"""The course's configurations, by name."""
+"""The course's configurations, by name. To add a preset, add it to `TRAIN`."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "tinystories-40m-tokens": (
-        "the same model in the low-resource setting: 40 960 000 tokens",
+        "tinystories-17m in the low-resource setting: 40 960 000 tokens",
         TrainConfig(
             run_dir=Path("runs/tinystories-40m-tokens"),
             train_data=Path("data/tinystories/train.npy"),
@@ -39,7 +39,7 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "owt": (
-        "the same model and number of steps on OpenWebText, vocabulary 32 000; for a GPU",
+        "the model and steps of tinystories-17m on OpenWebText, with a vocabulary of 32 000; for a GPU",
         TrainConfig(
             run_dir=Path("runs/owt"),
             train_data=Path("data/owt/train.npy"),
@@ -52,7 +52,7 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "owt-leaderboard": (
-        "the recipe of experiments/leaderboard.py for 1.5 hours of an H100 with Assignment 2's attention",
+        "the recipe of experiments/leaderboard.py, sized for 1.5 hours on an H100 with Assignment 2's attention",
         TrainConfig(
             run_dir=Path("runs/owt-leaderboard"),
             train_data=Path("data/owt/train.npy"),
@@ -71,7 +71,7 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
     ),
     **{
         name: (
-            f"a model of the shape of {name.replace('gpt2-', 'GPT-2 ')} with GPT-2's vocabulary; for a large GPU",
+            f"a model shaped like {name.replace('gpt2-', 'GPT-2 ')}, with GPT-2's vocabulary; for a large GPU",
             TrainConfig(
                 run_dir=Path("runs") / name,
                 train_data=Path("data/owt-gpt2/train.npy"),

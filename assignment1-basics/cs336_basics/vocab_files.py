@@ -1,7 +1,7 @@
-"""GPT-2's file format for vocabularies and merges: `vocab.json` and `merges.txt`.
+"""Read and write GPT-2's files for vocabularies and merges: `vocab.json` and `merges.txt`.
 
-Tokens are bytes, but the files are text, so every byte is written as one printable character: those that
-are printable in Latin-1 as themselves, the others as the characters from U+0100 on (a space is "Ġ").
+Tokens are bytes, but the files are text, so every byte is written as one printable character: bytes that are printable
+in Latin-1 as themselves, the others as the characters from U+0100 on (a space is "Ġ").
 """
 
 import json
@@ -24,26 +24,28 @@ def token_to_text(token: bytes) -> str:
 
 
 def text_to_token(text: str) -> bytes:
-    """The inverse of `token_to_text`; text with other characters stands for itself."""
+    """Invert `token_to_text`; a text with any other character stands for its own UTF-8 bytes."""
     if all(char in _TO_BYTE for char in text):
         return bytes(_TO_BYTE[char] for char in text)
     return text.encode()
 
 
 def save_vocab(vocab: Vocab, path: str | os.PathLike[str], special_tokens: Iterable[str] = ()) -> None:
-    """Write `{token text: id}` as JSON, special tokens as they are."""
+    """Write `{token text: id}` as JSON; special tokens are written as they are."""
     specials = {token.encode(): token for token in special_tokens}
     table = {specials.get(token) or token_to_text(token): id for id, token in vocab.items()}
     if len(table) < len(vocab):
-        raise ValueError("two tokens would be written alike: a special token must not look like a byte's character")
+        raise ValueError(
+            "two tokens would be written the same way; choose special tokens that do not look like other tokens"
+        )
     Path(path).write_text(json.dumps(table, ensure_ascii=False, indent=0), encoding="utf-8")
 
 
 def load_vocab(path: str | os.PathLike[str], special_tokens: Iterable[str] = ()) -> Vocab:
-    """Read `{token text: id}`, in which special tokens stand as they are.
+    """Read `{token text: id}`, in which special tokens are written as they are.
 
     Raises:
-        ValueError: the file is not a JSON object of that form, or two tokens have one id.
+        ValueError: the file is not a JSON object of this form, or two tokens have the same id.
     """
     specials = set(special_tokens)
     try:
@@ -58,7 +60,7 @@ def load_vocab(path: str | os.PathLike[str], special_tokens: Iterable[str] = ())
 
 
 def save_merges(merges: Merges, path: str | os.PathLike[str]) -> None:
-    """Write a version line, then one merge a line: the two tokens with a space between."""
+    """Write a version line, then one merge per line: its two tokens, separated by a space."""
     lines = ["#version: 0.2", *(f"{token_to_text(left)} {token_to_text(right)}" for left, right in merges)]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -67,7 +69,7 @@ def load_merges(path: str | os.PathLike[str]) -> Merges:
     """Read merges, with or without the version line.
 
     Raises:
-        ValueError: a line is not two tokens with a space between; the message names the line.
+        ValueError: a line is not two tokens separated by a space; the message names the line.
     """
     merges = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
@@ -75,7 +77,7 @@ def load_merges(path: str | os.PathLike[str]) -> Merges:
             continue
         pair = line.split(" ")
         if len(pair) != 2 or not all(pair):
-            raise ValueError(f"{path}, line {number}: expected two tokens with a space between, found {line!r}")
+            raise ValueError(f"{path}, line {number}: expected two tokens separated by a space, found {line!r}")
         merges.append((text_to_token(pair[0]), text_to_token(pair[1])))
     return merges
 

@@ -1,4 +1,4 @@
-"""The figures of the write-up, drawn from `results/` in one style, as SVG that is the same at every call."""
+"""Draw the figures of the write-up from `results/`, as SVG files that are the same at every call."""
 
 import math
 from collections.abc import Callable
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Figures:
-    """Draw all figures."""
+    """Draw the figures of the write-up."""
 
     out: Path = Path("writeup/figures")
-    """Folder of the SVG files."""
+    """Folder to write the SVG files to."""
     results: Path = RESULTS
     """Folder of the results."""
 
     def execute(self) -> None:
-        """Draw."""
+        """Draw all of them."""
         save_figures({name: partial(draw, self.results) for name, draw in FIGURES.items()}, self.out)
 
 
@@ -48,7 +48,7 @@ def _curves(axes: "Axes", rows: dict[str, dict[str, Any]], kind: str) -> None:
 
 
 def token_budget(results: Path) -> "Figure":
-    """Validation and training loss for four lengths of training."""
+    """Draw validation and training loss for four lengths of training."""
     figure, (valid, train) = panels(2)
     rows = _rows("token_budget", results)
     _curves(valid, rows, "valid_loss")
@@ -60,7 +60,7 @@ def token_budget(results: Path) -> "Figure":
 
 
 def learning_rate(results: Path) -> "Figure":
-    """Curves of the sweep, and where they end against the learning rate."""
+    """Draw the curves of the sweep, and the losses at their ends against the learning rate."""
     figure, (curves, ends) = panels(2)
     rows = _rows("learning_rate", results)
     finished = {name: row for name, row in rows.items() if row["status"] == "finished"}
@@ -82,7 +82,7 @@ def learning_rate(results: Path) -> "Figure":
 
 
 def ablations(results: Path) -> "Figure":
-    """Validation against training loss of every run, which tells fitting from generalising."""
+    """Draw the validation against the training loss of every run, which tells fitting from generalizing."""
     figure, (points, curves) = panels(2)
     rows = _rows("ablations", results)
     for kind in ("baseline", "post-norm", "NoPE", "SiLU"):
@@ -104,7 +104,7 @@ def ablations(results: Path) -> "Figure":
 
 
 def batch_size(results: Path) -> "Figure":
-    """Loss against tokens and against time."""
+    """Draw the loss against tokens and against time."""
     figure, (by_tokens, by_time) = panels(2)
     rows = {name: row for name, row in _rows("batch_size_experiment", results).items() if row["steps_done"]}
     _curves(by_tokens, rows, "loss")
@@ -117,7 +117,7 @@ def batch_size(results: Path) -> "Figure":
 
 
 def main_experiment(results: Path) -> "Figure":
-    """The same model on two corpora."""
+    """Draw the losses of the same model on two corpora."""
     figure, (axes,) = panels(1)
     small, broad = _rows("token_budget", results)["1250 steps"], _rows("main_experiment", results)["lr 0.004"]
     _curves(axes, {"TinyStories, training": small, "Wikipedia, training": broad}, "loss")
@@ -128,7 +128,7 @@ def main_experiment(results: Path) -> "Figure":
 
 
 def toy_sgd(results: Path) -> "Figure":
-    """Loss against the step for each learning rate."""
+    """Draw the loss against the step for each learning rate."""
     figure, (axes,) = panels(1, 1.9)
     for row in read_result("learning_rate_tuning", results)["rows"]:
         axes.semilogy(row["losses"], marker="o", markersize=3, label=f"{row['lr']:g}")

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from cs336_basics.strategy import SingleDevice
 
-#: What a kernel's name begins with or holds -> what it does.
+#: Kind of kernel -> parts of the names of its kernels.
 _KINDS = {
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma"),
     "optimizer and clipping": ("multi_tensor", "foreach", "lpnorm"),
@@ -19,12 +19,12 @@ _KINDS = {
 
 
 class ProfiledDevice(SingleDevice):
-    """A strategy that tells the profiler when a step has ended."""
+    """A single device that tells the profiler when a step has ended."""
 
     def __init__(self, device: str, steps: int) -> None:
         super().__init__(device)
         activity = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
-        # After compilation and the first evaluation.
+        # Start after compilation and the first evaluation.
         self.profiler = profile(activities=[activity], schedule=schedule(wait=25, warmup=4, active=steps))
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torch.Tensor:
@@ -34,7 +34,7 @@ class ProfiledDevice(SingleDevice):
 
 
 def kernel_times(profiler: profile, steps: int) -> dict[str, Any]:
-    """Milliseconds per step of the GPU by kind of kernel and of the largest kernels, and the time it waits."""
+    """Return the GPU's milliseconds per step: in all, busy, by kind of kernel, and of the slowest kernels."""
     by_name: dict[str, float] = defaultdict(float)
     begin, end = float("inf"), 0.0
     for event in profiler.events() or []:

@@ -1,8 +1,8 @@
-"""Training many models: side by side, resumable, and with a record of each.
+"""Train many models: side by side, resumable, and with a record of each.
 
-A `Run` that is in `results/<problem>.json` with its configuration has been done and is not done again; one that was
-interrupted goes on from its checkpoint. A run that diverges or does not fit into memory is a result too. A run against
-the clock gets as many steps as fit, and begins anew if it was interrupted.
+A `Run` whose configuration is in the results already is not repeated, and one that was interrupted resumes from its
+checkpoint. A run that diverges or does not fit into memory is a result too. A run with a time limit gets as many steps
+as fit into it, and starts again if it was interrupted.
 """
 
 import multiprocessing
@@ -24,15 +24,15 @@ from experiments.results import read_result, result_path, write_result
 if TYPE_CHECKING:
     from cs336_basics.model import CausalAttention
 
-#: Points of a curve that are kept, each the mean of the steps it stands for.
+#: The most points of a curve that are kept; each is the mean of the steps it stands for.
 POINTS = 100
-#: What a run's result does not depend on, or what is not the same on another machine.
+#: Fields that the result of a run does not depend on, or that differ between machines.
 _NOT_COMPARED = ("run_dir", "train_data", "valid_data", "tokenizer", "device", "keep_checkpoints", "checkpoint_every")
 #: Names of fields in older results -> their names today.
 _RENAMED = {"eval_windows": "eval_sequences"}
-#: Steps of the two runs that a run against the clock is preceded by: one compiles, one is timed.
+#: Steps of the two runs before a run with a time limit: the first compiles, the second is timed.
 PROBE_STEPS = 40
-#: Share of the time that is planned for: a step may be slower than it was in the probe.
+#: Share of the time limit that is planned for, because steps may be slower than in the probe.
 PLANNED = 0.96
 
 Attention = Literal["plain", "flash"]
@@ -48,16 +48,19 @@ class Run:
     attention: Attention = "plain"
     """plain: the model's own. flash: Assignment 2's kernel."""
     seconds: float | None = None
-    """If given, the run has as many steps as fit into this time, evaluations and all, but for compilation; warm-up,
-    decay and evaluations of `config` are stretched with its steps."""
+    """Time limit. The run gets as many steps as fit into it, including evaluations but not compilation; the warm-up,
+    decay and evaluations of `config` are scaled with its steps."""
 
 
 def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minutes: float) -> None:
-    """Train what has not been trained yet, `workers` models at a time; begin none after `minutes`.
+    """Train the models that have not been trained yet.
 
     Args:
-        folder: for the folders of the runs.
-        results: where `<problem>.json` is kept, rewritten whenever a run has ended.
+        runs: the models.
+        folder: where to create the run folders.
+        results: folder of the results; a problem's file is rewritten whenever one of its runs has ended.
+        workers: models to train at a time.
+        minutes: start no further model after this many minutes.
     """
     from rich.progress import Progress, TimeElapsedColumn
 
@@ -85,7 +88,7 @@ def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minu
             progress.advance(task)
     left = [run for run in runs if not _is_done(run, rows[run.problem])]
     if left:
-        print(f"not begun within {minutes:g} minutes: {', '.join(f'{run.problem}/{run.name}' for run in left)}")
+        print(f"not started within {minutes:g} minutes: {', '.join(f'{run.problem}/{run.name}' for run in left)}")
 
 
 def run_here(run: Run, folder: Path, results: Path) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def run_here(run: Run, folder: Path, results: Path) -> dict[str, Any]:
 
 
 def stretched(config: TrainConfig, steps: int) -> TrainConfig:
-    """The configuration with another number of steps, and all that is counted in steps in proportion."""
+    """Change the number of steps, and scale everything that is counted in steps."""
 
     def scaled(number: int) -> int:
         return max(1, round(number * steps / config.steps))
@@ -115,7 +118,7 @@ def stretched(config: TrainConfig, steps: int) -> TrainConfig:
 
 
 def summary(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as it is kept with a result: what a repetition has to have in common."""
+    """Return the part of a configuration that is kept with a result, and that a repetition has to have in common."""
     return {key: value for key, value in config_to_json(config).items() if key not in _NOT_COMPARED}
 
 
@@ -124,12 +127,12 @@ def _rows(problem: str, results: Path) -> list[dict[str, Any]]:
 
 
 def _with(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with another one at the end, in place of an older one of its name."""
+    """Append a row, and remove an older one with the same name."""
     return [*(other for other in rows if other["name"] != row["name"]), row]
 
 
 def _write(problem: str, rows: list[dict[str, Any]], results: Path) -> None:
-    """Write the rows; the file says on which devices they were measured, not where it was written."""
+    """Write the rows. The file names the devices they were measured on, not the one it was written on."""
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     write_result(problem, f"models trained for {problem}", {"device": devices, "rows": rows}, results)
 
@@ -158,7 +161,7 @@ def train(config: TrainConfig, causal_attention: "CausalAttention | None" = None
 
 
 def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
-    """Train one model, in a process of the pool; None if it is too late to begin."""
+    """Train one model, in a process of the pool, and return its row; None if it is too late to start."""
     if time.time() > deadline:
         return None
     import torch
@@ -167,7 +170,7 @@ def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
     from cs336_basics.strategy import resolve_device
 
     device = resolve_device(run.config.device)
-    torch.compiler.reset()  # a compiled model is not kept for the next one, whose shapes differ
+    torch.compiler.reset()  # the next model has other shapes, so a compiled one is not kept
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -209,7 +212,7 @@ def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
 
 
 def _as_many_steps_as_fit(run: Run, seconds: float, attention: "CausalAttention | None") -> TrainConfig:
-    """Compile what the run needs, time some of its steps, and give it as many as fit into `seconds`."""
+    """Compile the model, time some of its steps, and give the run as many as fit into `seconds`."""
     probe = replace(stretched(run.config, PROBE_STEPS), run_dir=run.config.run_dir / "probe", eval_every=PROBE_STEPS)
     for _ in range(2):
         shutil.rmtree(probe.run_dir, ignore_errors=True)
@@ -222,7 +225,9 @@ def _as_many_steps_as_fit(run: Run, seconds: float, attention: "CausalAttention 
     evaluations = run.config.steps // run.config.eval_every
     steps = int((PLANNED * seconds - evaluations * around_s) / step_s)
     if steps < PROBE_STEPS:
-        raise ValueError(f"{seconds:g} s are too short for {run.name}, whose step takes {step_s:.3f} s; give it more")
+        raise ValueError(
+            f"{seconds:g} s are too short for {run.name}, whose step takes {step_s:.3f} s; allow more time"
+        )
     return stretched(run.config, steps)
 
 
@@ -230,18 +235,18 @@ def _attention(name: Attention) -> "CausalAttention | None":
     if name == "plain":
         return None
     try:
-        from cs336_systems.flash_attention import flash_attention
+        from cs336_systems.kernels.flash_attention import flash_attention
     except ModuleNotFoundError as error:
         if error.name != "cs336_systems":
             raise
         raise ValueError(
-            "FlashAttention is Assignment 2's, which is not installed here; put assignment2-systems on PYTHONPATH"
+            "FlashAttention is Assignment 2's, which is not installed; add assignment2-systems to PYTHONPATH"
         ) from None
     return flash_attention
 
 
 def measured(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of a run's metrics: its end, its best, its speed, and its curves at a stride."""
+    """Summarize the metrics of a run: its last and best losses, its speed, and its curves with `POINTS` points."""
     training = [record for record in records if "loss" in record]
     validation = [record for record in records if "valid_loss" in record]
     stride = -(-len(training) // POINTS) or 1
@@ -275,7 +280,7 @@ def _mean(group: list[dict[str, Any]], key: str) -> float:
 
 
 def _median(records: list[dict[str, Any]], key: str) -> float | None:
-    """None if no record has the key: the utilisation of a device whose peak is not known."""
+    """Return the median; None if no record has the key, as the utilization of a device with an unknown peak rate."""
     values = [record[key] for record in records if key in record]
     return statistics.median(values) if values else None
 

@@ -1,4 +1,4 @@
-"""How fast `train` is, and what the GPU does meanwhile: the preset tinystories-17m, alone on the machine."""
+"""experiment_log: how fast `train` is with the preset tinystories-17m, and what the GPU does meanwhile."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -12,21 +12,21 @@ from experiments.sweep import measured
 
 @dataclass(frozen=True)
 class Throughput:
-    """Train for some hundred steps, then profile a few of them, and write throughput.json."""
+    """Measure the speed of training, then profile a few steps. Run it alone on the machine."""
 
     tinystories: Path = Path("data/tinystories")
     """Folder of train.npy and valid.npy."""
     steps: int = 600
-    """Steps of the run that is timed, evaluations included."""
+    """Steps of the timed run, which includes evaluations."""
     profiled: int = 20
-    """Steps that are profiled, in a run of their own."""
+    """Steps to profile, in a run of their own."""
     device: str = "auto"
     """cpu, cuda, or auto for a GPU if there is one."""
     out: Path = RESULTS
     """Folder of the results."""
 
     def execute(self) -> None:
-        """Measure."""
+        """Measure, and write throughput.json."""
         from cs336_basics.training import train
         from experiments.kernel_times import ProfiledDevice, kernel_times
 

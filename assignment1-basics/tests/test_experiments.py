@@ -84,7 +84,7 @@ def test_curves_take_one_line_and_nothing_else_changes(tmp_path):
 def test_nothing_begins_after_the_deadline(config, tmp_path, capsys):
     run_all([Run("problem", "late", config)], tmp_path / "runs", tmp_path, workers=1, minutes=-1)
     assert not (tmp_path / "problem.json").exists()
-    assert "not begun within -1 minutes: problem/late" in capsys.readouterr().out
+    assert "not started within -1 minutes: problem/late" in capsys.readouterr().out
 
 
 def test_what_is_kept_of_a_curve():

@@ -139,7 +139,7 @@ def test_state_survives_a_checkpoint(cls, tmp_path):
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match=r"momentum 1\.0 must lie in"):
         Muon(matrices(), momentum=1.0)
-    with pytest.raises(ValueError, match=r"a parameter of shape \(3,\) is no matrix: leave it to AdamW"):
+    with pytest.raises(ValueError, match=r"a parameter of shape \(3,\) is not a matrix; leave it to AdamW"):
         Muon([{"params": [nn.Parameter(torch.ones(3))], "matrices": True}])
     with pytest.raises(ValueError, match="lr -1"):
         NorMuon(matrices(), lr=-1)

@@ -241,7 +241,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over_when_it_is_
     train(config)
     newest = checkpoints(config.run_dir)[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"is damaged .*; delete it to go on from the checkpoint before it"):
+    with pytest.raises(ValueError, match=r"is damaged .*; delete it to resume from the checkpoint before it"):
         train(config)
     newest.unlink()
     train(config)
