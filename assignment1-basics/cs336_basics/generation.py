@@ -80,13 +80,9 @@ def generate_stream(
                 positions = torch.tensor([[len(text) - 1 - start] for text, start in zip(texts, starts)], device=device)
                 logits = model(token_ids, positions, cache)[:, -1]
             else:
-                windows = [text[start:] for text, start in zip(texts, starts)]
-                longest = max(map(len, windows))
-                token_ids = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
-                positions = torch.arange(longest, device=device).expand(len(windows), -1)
-                cache, cached_starts = (model.new_cache(len(windows)) if use_cache else None), starts
-                last = torch.tensor([len(window) - 1 for window in windows], device=device)
-                logits = model(token_ids, positions, cache)[torch.arange(len(windows), device=device), last]
+                token_ids, positions, last = _padded([text[start:] for text, start in zip(texts, starts)], device)
+                cache, cached_starts = (model.new_cache(len(texts)) if use_cache else None), starts
+                logits = model(token_ids, positions, cache)[torch.arange(len(texts), device=device), last]
 
             chosen = sample(logits.float(), sampling, rng).tolist()
             done = [finished or token == stop_token_id for finished, token in zip(done, chosen)]
@@ -97,6 +93,16 @@ def generate_stream(
             yield [None if finished else token for finished, token in zip(done, chosen)]
     finally:
         model.train(was_training)
+
+
+def _padded(
+    windows: list[list[int]], device: torch.device
+) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"], Int[Tensor, " batch"]]:
+    """Pad texts on the right to one length; return their ids, the positions, and the index of each last token."""
+    longest = max(map(len, windows))
+    token_ids = torch.tensor([window + [0] * (longest - len(window)) for window in windows], device=device)
+    positions = torch.arange(longest, device=device).expand(len(windows), -1)
+    return token_ids, positions, torch.tensor([len(window) - 1 for window in windows], device=device)
 
 
 def window_start(length: int, context_length: int) -> int:
