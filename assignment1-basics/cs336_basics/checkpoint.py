@@ -73,7 +73,7 @@ def load_checkpoint(src: Destination, model: nn.Module, optimizer: torch.optim.O
 def read_checkpoint(src: Destination) -> dict[str, Any]:
     """Read the contents of a checkpoint to the CPU. Only tensors and plain data are read, never code."""
     if isinstance(src, str | os.PathLike) and not Path(src).is_file():
-        raise FileNotFoundError(f"there is no checkpoint {src}")
+        raise FileNotFoundError(f"checkpoint {src} does not exist; name a file in the run's checkpoints folder")
     try:
         state = torch.load(src, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
     except Exception as error:  # torch raises RuntimeError, EOFError, UnpicklingError and more for damaged files

@@ -11,7 +11,7 @@ from cs336_basics.strategy import SingleDevice
 
 #: Kind of kernel -> parts of the names of its kernels.
 _KINDS = {
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma"),
+    "matmuls": ("gemm", "nvjet", "cutlass", "xmma"),
     "optimizer and clipping": ("multi_tensor", "foreach", "lpnorm"),
     "copies": ("memcpy", "memset"),
     "fused by torch.compile": ("triton_",),

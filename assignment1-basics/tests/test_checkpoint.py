@@ -61,7 +61,7 @@ def test_a_truncated_file_is_named(tmp_path, share):
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*b\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint .*b\.pt does not exist"):
         load_checkpoint(tmp_path / "b.pt", *make())
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="is not a checkpoint of this package"):
