@@ -226,3 +226,10 @@ def test_train_options_follow_the_preset():
     (command,) = [tyro.cli(cli.Command, args=["train", "owt", "--d-model", "256"], config=(tyro.conf.OmitArgPrefixes,))]
     assert command.config.model.vocab_size == 32_000
     assert (command.config.model.d_model, command.config.model.ffn_width) == (256, 704)
+
+
+def test_options_keep_their_older_names():
+    words = ["train", "owt", "--run", "a", "--eval-windows", "3", "--optimizer", "muon"]
+    (command,) = [tyro.cli(cli.Command, args=words, config=(tyro.conf.OmitArgPrefixes,))]
+    config = command.config
+    assert (str(config.run_dir), config.eval_sequences, config.optimizer.name) == ("a", 3, "muon")

@@ -23,7 +23,7 @@ from cs336_basics.optimizer import AdamW
 from cs336_basics.run_folder import read_metrics
 from cs336_basics.run_log import RunLog
 from cs336_basics.strategy import SingleDevice, resolve_device
-from cs336_basics.train_config import OptimizerConfig, TrainConfig, read_model_config
+from cs336_basics.train_config import OPTIMIZERS, OptimizerConfig, TrainConfig, read_model_config
 from cs336_basics.training import evaluate, train
 
 MODEL = ModelConfig(vocab_size=20, context_length=8, d_model=16, num_layers=1, num_heads=2)
@@ -269,6 +269,24 @@ def test_a_run_from_before_an_option_existed_resumes(config):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, qk_norm=True)))
 
 
+def test_a_run_folder_with_older_names_and_removed_options_that_are_off_resumes(config):
+    straight = train(config)
+    path = config.run_dir / "config.json"
+    stored = json.loads(path.read_text())
+    old = stored["config"]
+    old |= {"run": old.pop("run_dir"), "eval_windows": old.pop("eval_sequences")}
+    old |= {"start_batch_size": None, "start_context": None}
+    old["model"] |= {"logit_softcap": None, "value_embeddings": 0}
+    path.write_text(json.dumps(stored))
+    assert train(config)["loss"] == straight["loss"]
+    assert read_model_config(config.run_dir) == MODEL
+    old["model"]["value_embeddings"] = 1
+    path.write_text(json.dumps(stored))
+    for load in (lambda: train(config), lambda: read_model_config(config.run_dir)):
+        with pytest.raises(ValueError, match="was trained with value_embeddings 1, which only experiments/leaderboard"):
+            load()
+
+
 @pytest.mark.parametrize("changes", [{"tie_embeddings": True, "qk_norm": True, "ffn": "relu2"}])
 def test_other_models_train_and_resume(config, tmp_path, changes):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
@@ -344,6 +362,16 @@ def test_impossible_configurations_are_refused(config):
     ):
         with pytest.raises(ValueError, match=next(iter(change)) if len(change) == 1 else "does not split"):
             dataclasses.replace(config, **change)
+
+
+def test_an_optimizer_is_its_line_in_the_table(config):
+    for name, choice in OPTIMIZERS.items():
+        options = OptimizerConfig(name=name, momentum=0.7)
+        optimizer = options.optimizer_class()([torch.nn.Parameter(torch.ones(2, 2))], **options.options())
+        assert isinstance(optimizer, AdamW)
+        assert all(optimizer.param_groups[0][option] == 0.7 for option in choice.more_options)
+    with pytest.raises(ValueError, match="optimizer 'sgd' is unknown; choose one of adamw, muon, normuon"):
+        OptimizerConfig(name="sgd")
 
 
 def test_a_schedule_longer_than_the_run_is_refused(config):
