@@ -187,7 +187,7 @@ class _Pairs:
         self, parts: list[str], index: int, pair: str, joined: str, new_pairs: defaultdict[str, list[int]]
     ) -> None:
         """Update the counts for one word, which changes only where its parts meet: there `pair` becomes `joined`."""
-        (left, right), frequency, counts = pair, self.frequencies[index], self.counts
+        left, right, frequency, counts = pair[0], pair[1], self.frequencies[index], self.counts
         previous = ""  # the new token, if it comes right before the part
         for before, after in pairwise(parts):
             if before:

@@ -213,7 +213,7 @@ def test_demo_on_a_text(text, tmp_path, capsys):
 
 def test_demo_says_what_is_wrong_with_a_text(tmp_path, capsys):
     assert "there is no text" in fails(capsys, "demo", "--data", tmp_path / "absent.txt", "--run", tmp_path / "d")
-    for where in (100, -1):  # a document that ends too early or too late to divide the text there
+    for where in (100, -1):  # a document that ends too early or too late for the text to be split there
         lines = [f"line {number} of a long text\n" for number in range(1000)]
         lines.insert(where if where > 0 else len(lines), "<|endoftext|>")
         (tmp_path / "one.txt").write_text("".join(lines))

@@ -13,7 +13,7 @@ from experiments import leaderboard, leaderboard_model, models, sweep
 from experiments.leaderboard_config import LeaderboardConfig, LeaderboardModelConfig
 from experiments.leaderboard_model import LeaderboardLM, softcap
 from experiments.models import BEST_LR
-from experiments.results import read_result, result_path
+from experiments.results import RESULTS, read_result, result_path
 
 from cs336_basics import training
 from cs336_basics.checkpoint import checkpoints
@@ -247,3 +247,25 @@ def test_leaderboard_keeps_what_helps_and_goes_on(data, tmp_path, monkeypatch, c
     assert [row["config"]["model"]["d_model"] for row in finals] == [32, 16]
     with pytest.raises(ValueError, match="no final 'best'; there are baseline, larger"):
         replace(setting, finals=("best",))
+
+
+def test_the_ladder_and_the_finals_are_those_of_the_results(monkeypatch):
+    """Every run that the recorded losses lead to is found in the results, with the same configuration."""
+
+    def recorded(run, *_):
+        rows = sweep._rows(run.problem, RESULTS)
+        return next(row for row in rows if sweep._is_the_row(run, row))
+
+    monkeypatch.setattr(leaderboard, "run_here", recorded)
+    setting = leaderboard.Leaderboard(finals=("baseline", *leaderboard.FINALS))
+    setting.execute()
+    best = setting.climb(leaderboard.Recipe(setting.baseline()))
+    assert best.config.optimizer.name == "normuon"
+    assert best.config.start_context == best.config.model.context_length // 4
+
+
+def test_every_recorded_model_is_found_again():
+    setting = models.TrainModels()
+    for problem, runs in models.PROBLEMS.items():
+        rows = sweep._rows(problem, RESULTS)
+        assert [run.name for run in runs(setting) if not sweep._is_done(run, rows)] == []

@@ -402,16 +402,16 @@ def test_the_tokenizer_travels_with_the_run(config, data, tmp_path):
         train(dataclasses.replace(config, run_dir=tmp_path / "other", tokenizer=tmp_path / "tokenizer"))
 
 
-def test_evaluation_is_the_mean_over_all_windows(data):
+def test_evaluation_is_the_mean_over_all_sequences(data):
     torch.manual_seed(0)
     model = BasicsTransformerLM.from_config(MODEL)
-    tokens = np.load(data / "valid.npy")[:75]  # 9 windows, and two tokens over
+    tokens = np.load(data / "valid.npy")[:75]  # 9 sequences, and two tokens left over
     x = torch.from_numpy(tokens[:72].astype(np.int64)).reshape(9, 8)
     y = torch.from_numpy(tokens[1:73].astype(np.int64)).reshape(9, 8)
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
     for batch_size in (1, 4, 9, 100):
         assert evaluate(model, tokens, 8, batch_size) == pytest.approx(expected, rel=1e-5)
-    for world_size in (2, 5, 20):  # processes that see nothing take part all the same, and count for nothing
+    for world_size in (2, 5, 20):  # ranks without sequences take part in every forward pass, but do not count
         forwards, shares = [], []
         for rank in range(world_size):
             calls = []
@@ -427,8 +427,8 @@ def test_evaluation_is_the_mean_over_all_windows(data):
     assert evaluate(model, tokens, 8, 2, max_sequences=5) == pytest.approx(first, rel=1e-5)
 
 
-def test_processes_share_the_batch_of_a_step(config):
-    """Two ranks, run one after the other: their windows are those of a single process, without overlap."""
+def test_ranks_share_the_batch_of_a_step(config):
+    """Two ranks, run one after the other: their sequences are those of a single rank, without overlap."""
 
     class Half(SingleDevice):
         world_size = 2

@@ -97,24 +97,24 @@ def compare(
     x, y = sequences[:, :-1].contiguous(), sequences[:, 1:].contiguous()
     rows = []
     for compiled in [False] if eager_only else [False, True]:
-        runners = {who: training_step(make, config, device, compiled) for who, make in CONTENDERS.items()}
-        memory = {who: _warm_up(who, step, x, y) for who, step in runners.items()}
-        for who, seconds in _time(runners, x, y, steps, rounds).items():
-            row: dict[str, Any] = {"who": who, "compiled": compiled, "batch": batch_size, "step_ms": seconds * 1e3}
+        runners = {name: training_step(make, config, device, compiled) for name, make in CONTENDERS.items()}
+        memory = {name: _warm_up(name, step, x, y) for name, step in runners.items()}
+        for name, seconds in _time(runners, x, y, steps, rounds).items():
+            row: dict[str, Any] = {"who": name, "compiled": compiled, "batch": batch_size, "step_ms": seconds * 1e3}
             row |= {"tokens_per_s": x.numel() / seconds}
             row |= {"model_tflops": training_flops(config, batch_size) / seconds / 1e12}
             if peak_tflops:
                 row["utilisation"] = row["model_tflops"] / peak_tflops
-            if memory[who] is not None:
-                row["activations_GB"] = memory[who]
+            if memory[name] is not None:
+                row["activations_GB"] = memory[name]
             rows.append(row)
     return rows, device
 
 
-def _warm_up(who: str, step: Step, x: torch.Tensor, y: torch.Tensor) -> float | None:
+def _warm_up(name: str, step: Step, x: torch.Tensor, y: torch.Tensor) -> float | None:
     """Check that a step learns, and return the GB that it needs in addition to weights and optimizer state."""
     losses = [step(x, y).item() for _ in range(3)]
-    assert losses[2] < losses[0], (who, losses)
+    assert losses[2] < losses[0], (name, losses)
     if x.device.type != "cuda":
         return None
     torch.cuda.synchronize()
@@ -131,13 +131,13 @@ def _time(runners: dict[str, Step], x: torch.Tensor, y: torch.Tensor, steps: int
         if x.device.type == "cuda":
             torch.cuda.synchronize()
 
-    times: dict[str, list[float]] = {who: [] for who in runners}
+    times: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
-        for who, step in runners.items():
+        for name, step in runners.items():
             synchronize()
             started = time.perf_counter()
             for _ in range(steps):
                 step(x, y)
             synchronize()
-            times[who].append((time.perf_counter() - started) / steps)
-    return {who: statistics.median(taken) for who, taken in times.items()}
+            times[name].append((time.perf_counter() - started) / steps)
+    return {name: statistics.median(taken) for name, taken in times.items()}

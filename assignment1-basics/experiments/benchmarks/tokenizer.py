@@ -50,10 +50,10 @@ def training_rows(path: Path, vocab_size: int, repeats: int) -> list[Row]:
             "text": path.name,
             "megabytes": path.stat().st_size / 1e6,
             "vocab": vocab_size,
-            "who": who,
+            "who": name,
             **row,
         }
-        for who, row in interleaved(candidates, repeats).items()
+        for name, row in interleaved(candidates, repeats).items()
     ]
 
 
@@ -80,13 +80,13 @@ def encoding_rows(path: Path, gpt2: Path, megabytes: float, repeats: int) -> lis
     assert ids == _tiktoken().encode(text, allowed_special={END_OF_TEXT})
     timings: dict[str, list[float]] = {}
     for _ in range(repeats):
-        for who, timed in interleaved(_fresh_encoders(text, gpt2), 1).items():
-            timings.setdefault(who, []).append(timed["median_s"])
+        for name, timed in interleaved(_fresh_encoders(text, gpt2), 1).items():
+            timings.setdefault(name, []).append(timed["median_s"])
     size = len(text.encode()) / 1e6
     rows = []
-    for who, taken in timings.items():
+    for name, taken in timings.items():
         median = sorted(taken)[len(taken) // 2]
-        row: Row = {"job": "encode", "text": path.name, "megabytes": size, "who": who, "median_s": median}
+        row: Row = {"job": "encode", "text": path.name, "megabytes": size, "who": name, "median_s": median}
         rows.append({**row, "min_s": min(taken), "max_s": max(taken), "MB_per_s": size / median})
     return rows
 
@@ -99,17 +99,17 @@ def _fresh_encoders(text: str, gpt2: Path) -> dict[str, Callable[[], object]]:
     ours, ours_lines, ours_batch = (_ours(gpt2) for _ in range(3))
     reference, reference_batch = _tiktoken(), _tiktoken()
     files = str(gpt2 / "gpt2_vocab.json"), str(gpt2 / "gpt2_merges.txt")
-    theirs, theirs_batch = (ByteLevelBPETokenizer(*files) for _ in range(2))
+    hugging_face, hugging_face_batch = (ByteLevelBPETokenizer(*files) for _ in range(2))
     return {
         "cs336_basics encode": lambda: ours.encode(text),
         "tiktoken encode": lambda: reference.encode(text, allowed_special={END_OF_TEXT}),
-        "tokenizers encode, a document each": lambda: [theirs.encode(document) for document in documents],
+        "tokenizers encode, a document each": lambda: [hugging_face.encode(document) for document in documents],
         "cs336_basics encode_iterable": lambda: sum(1 for _ in ours_lines.encode_iterable(lines)),
         f"cs336_basics encode_batch, {cores} processes": lambda: ours_batch.encode_batch(documents, cores),
         f"tiktoken encode_batch, {cores} threads": lambda: reference_batch.encode_ordinary_batch(
             documents, num_threads=cores
         ),
-        f"tokenizers encode_batch, {cores} threads": lambda: theirs_batch.encode_batch(documents),
+        f"tokenizers encode_batch, {cores} threads": lambda: hugging_face_batch.encode_batch(documents),
     }
 
 
@@ -153,7 +153,7 @@ def corpus_rows(path: Path, gpt2: Path, repeats: int) -> list[Row]:
     size = path.stat().st_size / 1e6
     timed = interleaved({"cs336_basics tokenize": with_ours, "tiktoken encode_batch": with_tiktoken}, repeats)
     job = {"job": f"file to token file, {cores} cores", "text": path.name, "megabytes": size}
-    return [{**job, "who": who, **row, "MB_per_s": size / row["median_s"]} for who, row in timed.items()]
+    return [{**job, "who": name, **row, "MB_per_s": size / row["median_s"]} for name, row in timed.items()]
 
 
 @dataclass(frozen=True)
@@ -180,5 +180,5 @@ class TokenizerBenchmark:
             rows += training_rows(path, 32_000 if path.stat().st_size > 50e6 else 10_000, self.repeats)
             rows += encoding_rows(path, self.gpt2, self.megabytes, self.repeats)
             rows += corpus_rows(path, self.gpt2, self.repeats)
-        what = "tokenizer training and encoding beside tokenizers and tiktoken"
+        what = "tokenizer training and encoding, compared with tokenizers and tiktoken"
         write_rows("benchmark_tokenizer", what, rows, self.out)
