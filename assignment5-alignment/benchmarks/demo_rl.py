@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
-from cs336_alignment.demo import DemoConfig, run_demo
-from cs336_alignment.run_log import environment, write_atomically
+from cs336_alignment.programs.configs.demo import DemoConfig
+from cs336_alignment.programs.demo import run_demo
+from cs336_alignment.run_folder import write_atomically
+from cs336_alignment.runs.run_log import describe_environment
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -36,16 +38,16 @@ def main() -> None:
     rows = []
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            config = DemoConfig(run=Path(folder) / "demo", seed=seed)
+            config = DemoConfig(run_dir=Path(folder) / "demo", seed=seed)
             started, cpu_before = time.perf_counter(), cpu_seconds()
             result = run_demo(config)
             seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": cpu_seconds() - cpu_before}
             rows.append({"seed": seed, "held_out_problems": config.held_out, **asdict(result), **seconds})
             if seed == options.seeds[0]:
                 options.out.mkdir(parents=True, exist_ok=True)
-                shutil.copy(config.run / "rewards.png", options.out / "demo_rl.png")
+                shutil.copy(config.run_dir / "rewards.png", options.out / "demo_rl.png")
     what = f"the demonstration: accuracy at temperature 1, {torch.get_num_threads()} threads"
-    record = {"what": what, **environment(torch.device("cpu")), "rows": rows}
+    record = {"what": what, **describe_environment(torch.device("cpu")), "rows": rows}
     write_atomically(options.out / "demo_rl.json", json.dumps(record, indent=1) + "\n")
     for row in rows:
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))

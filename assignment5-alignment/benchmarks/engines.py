@@ -26,9 +26,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from cs336_alignment.engines import Completion, SamplingParams, make_engine
-from cs336_alignment.pretrained import byte_tokenizer, load_policy, load_tokenizer, resolve_device, save_policy
-from cs336_alignment.run_log import environment, write_atomically
+from cs336_alignment.policy.loading import load_model, load_tokenizer, resolve_device, save_model
+from cs336_alignment.policy.tiny_model import byte_tokenizer
+from cs336_alignment.rollouts.config import SamplingParams
+from cs336_alignment.rollouts.engines import Completion, make_engine
+from cs336_alignment.run_folder import write_atomically
+from cs336_alignment.runs.run_log import describe_environment
 
 RESULTS = Path(__file__).parent.parent / "results"
 SHAPES: dict[str, dict[str, Any]] = {
@@ -80,7 +83,7 @@ def make_model(shape: str, folder: Path, device: torch.device, dtype: torch.dtyp
     config = Qwen2Config(**SHAPES[shape], **ends, max_position_embeddings=4096, tie_word_embeddings=True)
     with device:  # a CPU takes a minute for the random numbers of a billion weights
         model: Any = Qwen2ForCausalLM(config)
-    save_policy(model.to(dtype), tokenizer, folder)
+    save_model(model.to(dtype), tokenizer, folder)
     return folder
 
 
@@ -185,7 +188,7 @@ def main() -> None:
         except ValueError as error:
             print(f"left out: {error}")
             vllm = {}
-        model = load_policy(path, device, dtype)
+        model = load_model(path, device, dtype)
         engines["transformers engine"] = make_engine(
             "transformers", path, tokenizer, device, policy=model, dtype=dtype, compiled=False
         )
@@ -214,7 +217,7 @@ def main() -> None:
         f"{options.prompts} prompts of some 60 bytes, "
         f"{options.samples} completions each, at most {options.max_tokens} tokens, {torch.get_num_threads()} threads"
     )
-    record = {"what": what, **environment(device), "rows": rows}
+    record = {"what": what, **describe_environment(device), "rows": rows}
     out = options.out or RESULTS / f"engines_{device.type}.json"
     write_atomically(out, json.dumps(record, indent=1) + "\n")
     for row in rows:

@@ -24,10 +24,14 @@ import torch
 from math_verify import parse, verify
 
 from benchmarks.answer_variants import Pair, noise, pairs_from
-from cs336_alignment.grading import REWARD_FUNCTIONS, Grader, answers_equal, extract_boxed, quick, structure
-from cs336_alignment.grading.equality import TIMEOUT_S
+from cs336_alignment.grading import quick, structure
+from cs336_alignment.grading.equality import TIMEOUT_S, answers_equal
+from cs336_alignment.grading.extract import extract_boxed
 from cs336_alignment.machine import available_cpus
-from cs336_alignment.run_log import environment, write_atomically
+from cs336_alignment.rollouts.grader import Grader
+from cs336_alignment.rollouts.rewards import MATH_REWARDS
+from cs336_alignment.run_folder import write_atomically
+from cs336_alignment.runs.run_log import describe_environment
 
 RESULTS = Path(__file__).parent.parent / "results"
 TEMPLATES = {"r1_zero": "{solution} </think> <answer> \\boxed{{{box}}} </answer>", "question_only": "{solution}"}
@@ -35,7 +39,7 @@ TEMPLATES = {"r1_zero": "{solution} </think> <answer> \\boxed{{{box}}} </answer>
 
 def solution_rows(problems: list[dict]) -> list[dict]:
     rows = []
-    for name in REWARD_FUNCTIONS:
+    for name in MATH_REWARDS:
         responses = [TEMPLATES[name].format(solution=p["solution"], box=extract_boxed(p["solution"])) for p in problems]
         started = time.perf_counter()
         with Grader(name) as grader:
@@ -194,7 +198,7 @@ def main() -> None:
     rows += [wrong_answer_row(answers), noise_row(answers, arguments.noise)]
     record = {
         "what": "grading: MATH's solutions, variants of its answers beside math-verify, noise, speed",
-        **environment(torch.device("cpu")),
+        **describe_environment(torch.device("cpu")),
         "command": "python -m benchmarks.grading --math-dir DIR",
         **{name: version(name) for name in ("sympy", "latex2sympy2-extended")},
         "rows": rows,

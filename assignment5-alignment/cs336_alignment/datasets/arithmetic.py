@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cs336_alignment.example import Example
+from cs336_alignment.datasets.example import Example
 
 Split = Literal["train", "held_out"]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cs336_alignment.datasets.example import Example
 from cs336_alignment.datasets.rows import Row, first_line, is_csv, read_csv_rows, read_json_rows
-from cs336_alignment.example import Example
 from cs336_alignment.grading.extract import extract_boxed
 
 _LETTERS = ("A", "B", "C", "D")

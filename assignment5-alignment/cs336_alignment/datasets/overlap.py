@@ -5,12 +5,12 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from cs336_alignment.datasets.demonstrations import Demonstration
+from cs336_alignment.datasets.example import Example
 from cs336_alignment.datasets.preferences import PreferencePair
-from cs336_alignment.datasets.sft import SftExample
-from cs336_alignment.example import Example
 
 #: What has a question as its prompt, bare or inside a template.
-HasPrompt = Example | SftExample | PreferencePair
+HasPrompt = Example | Demonstration | PreferencePair
 
 
 def check_no_overlap(train: Sequence[HasPrompt], evaluation: Sequence[HasPrompt], allow: bool) -> int:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.datasets.sft import load_sft
-from cs336_alignment.prompts import load_prompt
+from cs336_alignment.datasets.demonstrations import load_demonstrations
+from cs336_alignment.prompts.templates import load_prompt
 
 _DOCUMENTS_AT_ONCE = 1024  # enough to keep the tokenizer's threads busy
 
@@ -25,7 +25,7 @@ class PackedSftDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         tokenizer: makes the tokens; whether it adds special tokens by itself does not matter.
-        dataset_path: JSON lines, see `load_sft`.
+        dataset_path: JSON lines, see `load_demonstrations`.
         seq_length: tokens in a chunk.
         shuffle: put the documents into a random order first.
         seed: fixes that order.
@@ -47,7 +47,7 @@ class PackedSftDataset(Dataset[dict[str, Tensor]]):
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}, but must be at least 1")
         template = load_prompt("alpaca_sft")
-        texts = [template.render(row.prompt, response=row.response) for row in load_sft(Path(dataset_path))]
+        texts = [template.render(row.prompt, response=row.response) for row in load_demonstrations(Path(dataset_path))]
         if shuffle:
             random.Random(seed).shuffle(texts)
         self._tokens = _encode_documents(tokenizer, texts)

@@ -5,8 +5,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from cs336_alignment.datasets.demonstrations import instruction_with_input
 from cs336_alignment.datasets.rows import Row, read_json_rows
-from cs336_alignment.datasets.sft import instruction_with_input
 
 #: The parts of Anthropic's data that the course uses.
 HH_SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")

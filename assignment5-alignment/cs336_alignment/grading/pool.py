@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cs336_alignment.grading.nursery import NURSERY, Worker
+from cs336_alignment.grading.fork_server import FORK_SERVER, Worker
 
 _GRACE_S = 1.0
 """A worker ends itself at its time limit. One that has not by so much later is given up."""
@@ -93,7 +93,7 @@ class WorkerPool:
     def _give(self, pair: tuple[str, str], seconds: float) -> Worker:
         """Give a call to an idle worker, or a new one."""
         while True:
-            worker = self._idle.pop() if self._idle else NURSERY.new_worker(self.function)
+            worker = self._idle.pop() if self._idle else FORK_SERVER.new_worker(self.function)
             try:
                 worker.send(*pair, seconds)
                 return worker
