@@ -1,4 +1,4 @@
-"""Starting worker processes; `worker` says what they are."""
+"""The parent's side of the worker processes: starting them, and talking to one of them. `worker` is their side."""
 
 import atexit
 import contextlib
@@ -21,10 +21,10 @@ _SEND_LIMIT_S = 10.0
 
 
 class Worker:
-    """A process that computes `function(response, truth)`, one job at a time.
+    """A process that computes `function(response, truth)`, one call at a time.
 
     Raises:
-        EOFError: there is no such process at the other end of the connection.
+        EOFError: there is no process at the other end of the connection.
         RuntimeError: it cannot import the function.
     """
 
@@ -38,19 +38,19 @@ class Worker:
         connection.settimeout(_SEND_LIMIT_S)
 
     def send(self, response: str, truth: str, seconds: float) -> None:
-        """Give it a job.
+        """Send the worker a call.
 
         Raises:
-            OSError: it is dead.
+            OSError: the worker is dead.
         """
         self.connection.sendall(json.dumps([response, truth, seconds]).encode() + b"\n")
 
     def receive(self) -> dict[str, Any] | None:
-        """Read what has arrived: the job's result under "result", or None as long as it is not complete.
+        """Read what has arrived: the result of the call, under "result", or None while it is not complete.
 
         Raises:
-            EOFError: it is dead.
-            RuntimeError: the function has raised; the message is its traceback.
+            EOFError: the worker is dead.
+            RuntimeError: the function raised an exception; the message is its traceback.
         """
         try:
             piece = self.connection.recv(65536)
@@ -68,14 +68,14 @@ class Worker:
         return outcome
 
     def close(self) -> None:
-        """Let it end: at once if it waits for a job, with its job's time otherwise."""
+        """Let the worker end: at once if it is idle, otherwise when the time of its call is over."""
         with contextlib.suppress(OSError):  # a forked copy of this process may hold the socket too
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
 
 
-class Nursery:
-    """The process that forks workers. It is started when it is first needed, or again if it has died."""
+class ForkServer:
+    """The process that forks workers. It is started when it is first needed, and again if it has died."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -84,16 +84,16 @@ class Nursery:
 
     @property
     def pid(self) -> int | None:
-        """Its process id, once it has been started."""
+        """Process id of the server, once it has been started."""
         return self._process.pid if self._process else None
 
     def start(self) -> None:
-        """Start the process unless it runs, and do not wait for its imports."""
+        """Start the process unless it is running. This does not wait for its imports."""
         with self._lock:
             self._started()
 
     def _started(self) -> socket.socket:
-        """The socket that the running process listens to."""
+        """Return the socket that the running process listens to."""
         if self._control is None or self._process is None or self._process.poll() is not None:
             self._control, theirs = socket.socketpair()
             with theirs:
@@ -101,17 +101,17 @@ class Nursery:
                     [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), json.dumps(sys.path)],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C in a terminal is for the parent alone
+                    start_new_session=True,  # so that Ctrl-C in a terminal reaches the parent only
                 )
         return self._control
 
     def new_worker(self, function: str) -> Worker:
-        """A worker for the function that `module:name` stands for.
+        """Start a worker for the function that `module:name` refers to.
 
         Raises:
             RuntimeError: no process can be started, or it cannot import the function.
         """
-        for _ in range(2):  # the nursery may have been killed meanwhile
+        for _ in range(2):  # the server may have been killed in the meantime
             with self._lock:
                 control = self._started()
                 ours, theirs = socket.socketpair()
@@ -122,10 +122,10 @@ class Nursery:
                 except (OSError, EOFError):
                     ours.close()
                     self.stop()
-        raise RuntimeError(f"{sys.executable} cannot start the process that grades answers; its message is above")
+        raise RuntimeError(f"{sys.executable} could not start the process that grades answers; see its message above")
 
     def stop(self) -> None:
-        """End the process. Workers end when their own connections close."""
+        """End the process. The workers end when their own connections close."""
         if self._control and self._process:
             self._control.close()
             self._process.terminate()
@@ -133,7 +133,7 @@ class Nursery:
             self._process = None
 
     def abandon(self) -> None:
-        """In a forked copy of this process: forget the nursery, which is not this copy's."""
+        """Forget the server, in a forked copy of this process, which does not own it."""
         if self._control and self._process:
             self._control.close()
             self._process.returncode = 0  # as nobody may wait for it here
@@ -141,6 +141,6 @@ class Nursery:
         self._lock = threading.Lock()
 
 
-FORK_SERVER = Nursery()
+FORK_SERVER = ForkServer()
 atexit.register(FORK_SERVER.stop)
 os.register_at_fork(after_in_child=FORK_SERVER.abandon)

@@ -21,26 +21,26 @@ Grade = Callable[[Sequence[str], Sequence[str]], list[dict[str, float]]]
 
 
 class Grader:
-    """Rewards of many responses, with a hard time limit each; a context manager.
+    """Grades many responses, with a hard time limit for each; a context manager.
 
-    The reward functions of this package are taken apart: finding the answer and the fast path of comparing it run here,
-    and only what that cannot decide goes to worker processes. The rewards are those that the function itself gives.
-    Any other function runs in the workers as a whole, which import it by the name of its module and its own. Workers
-    compute the same thing once: a function must depend on its arguments alone.
+    The functions in `MATH_REWARDS` are taken apart: finding the answer and the fast path of comparing it run in this
+    process, and only comparisons that these cannot decide go to worker processes. The rewards are the same as those of
+    the function itself. Any other function runs in the workers as a whole. They import it by the names of its module
+    and of the function. Results are remembered, so a function must depend on its arguments alone.
 
     Args:
         reward_fn: a name in `MATH_REWARDS`, or a function.
-        workers: the most worker processes.
-        timeout_s: the limit of one response; no answer that takes longer is right.
+        workers: maximum number of worker processes.
+        timeout_s: time limit of one response, in seconds. An answer that takes longer counts as wrong.
 
     Raises:
-        ValueError: there is no such reward function, or workers cannot import it; a number is not positive.
+        ValueError: there is no such reward function, or workers cannot import it; or a number is not positive.
     """
 
     def __init__(self, reward_fn: str | RewardFn, workers: int = 4, timeout_s: float = TIMEOUT_S) -> None:
         if isinstance(reward_fn, str):
             if reward_fn not in MATH_REWARDS:
-                raise ValueError(f"reward function {reward_fn!r} is unknown; there are {', '.join(MATH_REWARDS)}")
+                raise ValueError(f"reward function {reward_fn!r} is unknown; choose one of {', '.join(MATH_REWARDS)}")
             reward_fn = MATH_REWARDS[reward_fn]
         if workers < 1 or timeout_s <= 0:
             raise ValueError(f"workers is {workers} and timeout_s {timeout_s}, but both must be positive")
@@ -48,18 +48,18 @@ class Grader:
         self.extract = EXTRACTORS.get(reward_fn)
         self.pool = WorkerPool(SYMBOLIC if self.extract else _import_name(reward_fn), workers)
         self._cache: dict[tuple[str, str], Any] = {}
-        FORK_SERVER.start()  # imports take a while, which may pass while the first responses are generated
+        FORK_SERVER.start()  # its imports take a while, and can run while the first responses are generated
 
     def grade(self, responses: Sequence[str], truths: Sequence[str]) -> list[dict[str, float]]:
-        """The rewards of responses, in their order.
+        """Compute the rewards of responses, in order.
 
         Args:
-            responses: what a model has answered.
-            truths: the true answer of each.
+            responses: the model's responses.
+            truths: the true answer to each.
 
         Raises:
-            ValueError: there are not as many truths as responses.
-            RuntimeError: a function of the caller's has raised, or no worker can be started.
+            ValueError: the numbers of responses and truths differ.
+            RuntimeError: the reward function raised an exception, or no worker can be started.
         """
         if len(responses) != len(truths):
             raise ValueError(f"there are {len(responses)} responses, but {len(truths)} true answers")
@@ -71,7 +71,7 @@ class Grader:
         return [reward_dict(answer is not None, answer is not None and next(verdicts) is True) for answer in answers]
 
     def _compute(self, pairs: Sequence[tuple[str, str]]) -> list[Any]:
-        """What the pool's function gives for each pair, or the fast path instead of it."""
+        """Compare each pair: by the fast path if that decides, otherwise by the pool's function."""
         results: dict[tuple[str, str], Any] = {}
         for pair in dict.fromkeys(pairs):
             results[pair] = quick_equal(*pair) if self.extract else None
@@ -99,7 +99,7 @@ class Grader:
 
 
 def _import_name(function: RewardFn) -> str:
-    """`module:name`, by which another process can import a function."""
+    """Return the `module:name` by which another process can import a function."""
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
     try:
         found = module != "__main__" and attrgetter(name)(sys.modules[module]) is function

@@ -97,7 +97,7 @@ def test_a_killed_worker_is_replaced(pool_of, tmp_path):
     killer.join()
 
 
-def test_a_killed_nursery_is_replaced(pool_of):
+def test_a_killed_fork_server_is_replaced(pool_of):
     pool = pool_of("echo")
     FORK_SERVER.start()
     before = FORK_SERVER.pid
@@ -147,11 +147,11 @@ def test_a_forked_copy_of_the_process_has_workers_of_its_own(pool_of):
         finally:
             os._exit(0)
     os.close(writer)
-    theirs, nursery, verdict = os.read(reader, 100).decode().split()
+    theirs, fork_server, verdict = os.read(reader, 100).decode().split()
     os.close(reader)
     os.waitpid(child, 0)
     assert int(theirs) not in ours
-    assert int(nursery) != FORK_SERVER.pid
+    assert int(fork_server) != FORK_SERVER.pid
     assert verdict == "True"
     assert pool.map([PAIR], 10) == ours
 

@@ -5,7 +5,8 @@ import time
 from collections import Counter
 
 import pytest
-from benchmarks.answer_variants import DIFFERENT, EQUAL, noise, pairs_from
+from experiments.answer_variants import DIFFERENT, EQUAL, pairs_from
+from experiments.answer_variants.noise import noise
 
 from cs336_alignment.grading.quick import quick_equal
 from cs336_alignment.rollouts.grader import Grader

@@ -72,7 +72,7 @@ def test_a_function_of_the_users_runs_in_the_workers():
 
 
 def test_mistakes_are_one_sentence():
-    with pytest.raises(ValueError, match="reward function 'r2' is unknown; there are r1_zero, question_only"):
+    with pytest.raises(ValueError, match="reward function 'r2' is unknown; choose one of r1_zero, question_only"):
         Grader("r2")
     with pytest.raises(ValueError, match="workers is 0 and timeout_s 1"):
         Grader("r1_zero", workers=0, timeout_s=1)

@@ -1,41 +1,40 @@
 """Rollouts of both engines and of plain transformers on the same work: tokens per second, and whether they agree.
 
-    python -m benchmarks.engines [--model FOLDER | --shape tiny] [--prompts 32] [--samples 8] [--max-tokens 60]
+    python -m experiments.engines [--model FOLDER | --shape tiny] [--prompts 32] [--samples 8] [--max-tokens 60]
 
-Without a model, one of random weights in the shape of `--shape` is made. Three jobs, from the same prompts:
+Without a model, one with random weights in the shape of `--shape` is made. There are three jobs with the same prompts:
 
 - full: every completion has `--max-tokens` tokens;
-- ragged: stop strings end completions at many lengths, so that dropping finished rows shows;
-- greedy: the tokens of each engine beside those of the transformers engine without compilation.
+- ragged: stop strings end completions at many lengths, so that the effect of dropping finished sequences shows;
+- greedy: the tokens of each engine are compared with those of the transformers engine without compilation.
 
-An engine that is not installed for the device is left out. Candidates take turns; the first call of each, which may
-compile, is reported by itself.
+An engine that is not installed for the device is left out. The candidates take turns. The first call of each, which may
+compile, is reported separately.
 """
 
-import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import tyro
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from cs336_alignment.policy.config import Precision
 from cs336_alignment.policy.loading import load_model, load_tokenizer, resolve_device, save_model
 from cs336_alignment.policy.tiny_model import byte_tokenizer
 from cs336_alignment.rollouts.config import SamplingParams
 from cs336_alignment.rollouts.engines import Completion, make_engine
-from cs336_alignment.run_folder import write_atomically
-from cs336_alignment.runs.run_log import describe_environment
+from experiments.results import RESULTS, write_result
 
-RESULTS = Path(__file__).parent.parent / "results"
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {  # of the demonstration
+Shape = Literal["tiny", "qwen2.5-1.5b"]
+SHAPES: dict[Shape, dict[str, Any]] = {
+    "tiny": {  # the model of the demonstration
         "vocab_size": 262,
         "hidden_size": 128,
         "intermediate_size": 352,
@@ -52,13 +51,41 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
     },
 }
-# Each with the probability 1/262 a token where weights are random and small.
+# Each occurs with probability 1/262 per token if the weights are random and small.
 STOPS = tuple("abcdefgh")
 
 
 @dataclass(frozen=True)
+class Options:
+    """Time the engines."""
+
+    model: Path | None = None
+    """A Hugging Face folder. Default: random weights in the shape of --shape."""
+    shape: Shape = "tiny"
+    """Shape of the model with random weights."""
+    prompts: int = 32
+    """Number of prompts."""
+    samples: int = 8
+    """Completions of each prompt."""
+    max_tokens: int = 60
+    """Maximum number of tokens in a completion."""
+    device: str = "auto"
+    """Device to run on."""
+    dtype: Precision = "float32"
+    """Number format of the model."""
+    repeats: int = 5
+    """Number of timed calls of each candidate."""
+    without: tuple[str, ...] = ()
+    """Names of candidates to leave out."""
+    gpu_memory_utilization: float = 0.5
+    """Fraction of the GPU's memory for vLLM; the other candidates share the GPU."""
+    out: Path = RESULTS / "engines"
+    """Folder to write engines_cpu.json or engines_cuda.json to."""
+
+
+@dataclass(frozen=True)
 class Work:
-    """What is generated."""
+    """The prompts, and how many completions of which length."""
 
     prompts: list[str]
     samples: int
@@ -76,7 +103,7 @@ class Work:
         )
 
 
-def make_model(shape: str, folder: Path, device: torch.device, dtype: torch.dtype) -> Path:
+def make_model(shape: Shape, folder: Path, device: torch.device, dtype: torch.dtype) -> Path:
     tokenizer = byte_tokenizer()
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     torch.manual_seed(0)
@@ -159,55 +186,51 @@ def agreement_rows(work: Work, engines: dict[str, Any]) -> list[dict]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the engines.")
-    parser.add_argument("--model", type=Path, help="a folder of Hugging Face; default: random weights of --shape")
-    parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=8, help="of each prompt")
-    parser.add_argument("--max-tokens", type=int, default=60)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="candidates to leave out")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.5, help="vLLM's; the others share the GPU")
-    parser.add_argument("--out", type=Path, help="the result; default: results/engines_DEVICE.json")
-    options = parser.parse_args()
-    device, dtype = resolve_device(options.device), getattr(torch, options.dtype)
+def make_candidates(options: Options, path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Callable]]:
+    """Make the engines, and the baselines that call `generate` of transformers."""
+    dtype, tokenizer = getattr(torch, options.dtype), load_tokenizer(path)
+    settings: dict[str, Any] = {"dtype": dtype, "gpu_memory_utilization": options.gpu_memory_utilization}
+    try:  # vLLM first, because it wants the memory that it is promised to be free
+        vllm = {"vllm engine": make_engine("vllm", path, tokenizer, device, **settings)}
+    except ValueError as error:
+        print(f"left out: {error}")
+        vllm = {}
+    model = load_model(path, device, dtype)
+    engines: dict[str, Any] = {
+        "transformers engine": make_engine(
+            "transformers", path, tokenizer, device, policy=model, dtype=dtype, compiled=False
+        )
+    }
+    baselines = {"generate of transformers": plain_generate(model, tokenizer)}
+    if device.type == "cuda":
+        engines["transformers engine, compiled"] = make_engine(
+            "transformers", path, tokenizer, device, policy=model, dtype=dtype, compiled=True
+        )
+        static = plain_generate(model, tokenizer, cache_implementation="static")
+        baselines["generate of transformers, static cache"] = static
+    engines |= vllm
+    known = [*engines, *baselines]
+    if unknown := set(options.without) - set(known):
+        raise SystemExit(f"there is no candidate {unknown.pop()!r} to leave out; choose from {', '.join(known)}")
+    for name in options.without:
+        engines.pop(name, None), baselines.pop(name, None)
+    return engines, baselines
+
+
+def main(options: Options) -> None:
+    """Time the candidates, compare their greedy completions, and write the result."""
+    device = resolve_device(options.device)
     prompts = [
         f"User: What is {number} + {number * number}? Explain it.\nAssistant: <think>"
         for number in range(options.prompts)
     ]
     work = Work(prompts, options.samples, options.max_tokens)
     with tempfile.TemporaryDirectory() as temporary:
+        dtype = getattr(torch, options.dtype)
         path = options.model or make_model(options.shape, Path(temporary) / "model", device, dtype)
-        tokenizer, engines = load_tokenizer(path), dict[str, Any]()
-        settings = {"dtype": dtype, "gpu_memory_utilization": options.gpu_memory_utilization}
-        try:  # vLLM first: it wants the memory that it is promised to be free
-            vllm = {"vllm engine": make_engine("vllm", path, tokenizer, device, **settings)}
-        except ValueError as error:
-            print(f"left out: {error}")
-            vllm = {}
-        model = load_model(path, device, dtype)
-        engines["transformers engine"] = make_engine(
-            "transformers", path, tokenizer, device, policy=model, dtype=dtype, compiled=False
-        )
-        baselines = {"generate of transformers": plain_generate(model, tokenizer)}
-        if device.type == "cuda":
-            engines["transformers engine, compiled"] = make_engine(
-                "transformers", path, tokenizer, device, policy=model, dtype=dtype, compiled=True
-            )
-            baselines["generate of transformers, static cache"] = plain_generate(
-                model, tokenizer, cache_implementation="static"
-            )
-        engines |= vllm
-        known = [*engines, *baselines]
-        if unknown := set(options.without) - set(known):
-            parser.error(f"there is no candidate {unknown.pop()!r} to leave out; there are {', '.join(known)}")
-        for who in options.without:
-            engines.pop(who, None), baselines.pop(who, None)
+        engines, baselines = make_candidates(options, path, device)
         rows = agreement_rows(work, engines) if len(engines) > 1 else []
-        candidates = {who: counted(engine.generate) for who, engine in engines.items()} | baselines
+        candidates = {name: counted(engine.generate) for name, engine in engines.items()} | baselines
         for job in ("full", "ragged"):
             rows += speed_rows(job, work, candidates, options.repeats)
         for engine in engines.values():
@@ -217,17 +240,8 @@ def main() -> None:
         f"{options.prompts} prompts of some 60 bytes, "
         f"{options.samples} completions each, at most {options.max_tokens} tokens, {torch.get_num_threads()} threads"
     )
-    record = {"what": what, **describe_environment(device), "rows": rows}
-    out = options.out or RESULTS / f"engines_{device.type}.json"
-    write_atomically(out, json.dumps(record, indent=1) + "\n")
-    for row in rows:
-        print(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
-    print(f"written: {out}")
+    write_result(options.out / f"engines_{device.type}.json", what, device, rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options))

@@ -1,17 +1,16 @@
-r"""What the grader gets right, beside math-verify, and how fast: writes results/grading.json.
+r"""What the grader gets right, compared with math-verify, and how fast it is: writes grading.json.
 
-    python -m benchmarks.grading --math-dir DIR
+    python -m experiments.grading --math-dir DIR [--out results/grading]
 
-DIR has MATH's train.jsonl and test.jsonl, with the fields problem, solution and answer. Four parts:
+DIR has MATH's train.jsonl and test.jsonl, with the fields problem, solution and answer. There are four parts:
 
 - solutions: MATH's own solutions as responses, graded against their answers, by both reward functions;
-- pairs: answers that rules have spelt otherwise, or made nearly right (`answer_variants`), a sample of each kind;
-  precision is the share of right ones among those accepted, recall the share of accepted ones among the right;
-- noise: texts that are no answers, graded one by one against their time limit;
+- pairs: answers that rules have rewritten, or made slightly wrong (`answer_variants`), a sample of each kind. Precision
+  is the fraction of accepted answers that are right, recall the fraction of right answers that are accepted;
+- noise: texts that are not answers, graded one by one against the time limit;
 - speed: of the fast path, with empty caches, and of sympy in a worker.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -21,19 +20,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import tyro
 from math_verify import parse, verify
 
-from benchmarks.answer_variants import Pair, noise, pairs_from
 from cs336_alignment.grading import quick, structure
 from cs336_alignment.grading.equality import TIMEOUT_S, answers_equal
 from cs336_alignment.grading.extract import extract_boxed
 from cs336_alignment.machine import available_cpus
 from cs336_alignment.rollouts.grader import Grader
 from cs336_alignment.rollouts.rewards import MATH_REWARDS
-from cs336_alignment.run_folder import write_atomically
-from cs336_alignment.runs.run_log import describe_environment
+from experiments.answer_variants import Pair, pairs_from
+from experiments.answer_variants.noise import noise
+from experiments.results import RESULTS, write_result
 
-RESULTS = Path(__file__).parent.parent / "results"
 TEMPLATES = {"r1_zero": "{solution} </think> <answer> \\boxed{{{box}}} </answer>", "question_only": "{solution}"}
 
 
@@ -179,40 +178,33 @@ def noise_row(answers: list[str], count: int) -> dict:
             "p99_s": seconds[int(0.99 * count)], "max_s": seconds[-1]}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--math-dir", type=Path, required=True, help="folder with MATH's train.jsonl and test.jsonl")
-    parser.add_argument("--pairs-per-kind", type=int, default=120)
-    parser.add_argument("--noise", type=int, default=10_000, help="texts that are no answers")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the result")
-    arguments = parser.parse_args()
+def main(math_dir: Path, pairs_per_kind: int = 120, noise: int = 10_000, out: Path = RESULTS / "grading") -> None:
+    """Measure what the grader gets right, and how fast it is.
+
+    Args:
+        math_dir: Folder with MATH's train.jsonl and test.jsonl.
+        pairs_per_kind: Number of rewritten answers of each kind that are compared with math-verify.
+        noise: Number of texts that are not answers.
+        out: Folder to write the result to.
+    """
     train, test = (
-        [json.loads(line) for line in (arguments.math_dir / name).read_text(encoding="utf-8").splitlines()]
+        [json.loads(line) for line in (math_dir / name).read_text(encoding="utf-8").splitlines()]
         for name in ("train.jsonl", "test.jsonl")
     )
     answers = [problem["answer"] for problem in test]
-
     rows = solution_rows(test)
-    rows += pair_rows(sampled(all_pairs(answers), arguments.pairs_per_kind))
+    rows += pair_rows(sampled(all_pairs(answers), pairs_per_kind))
     rows.append(every_pair_row(answers + [problem["answer"] for problem in train]))
-    rows += [wrong_answer_row(answers), noise_row(answers, arguments.noise)]
-    record = {
-        "what": "grading: MATH's solutions, variants of its answers beside math-verify, noise, speed",
-        **describe_environment(torch.device("cpu")),
-        "command": "python -m benchmarks.grading --math-dir DIR",
+    rows += [wrong_answer_row(answers), noise_row(answers, noise)]
+    write_result(
+        out / "grading.json",
+        "grading: MATH's solutions, variants of its answers compared with math-verify, noise, speed",
+        torch.device("cpu"),
+        rows,
+        command="python -m experiments.grading --math-dir DIR",
         **{name: version(name) for name in ("sympy", "latex2sympy2-extended")},
-        "rows": rows,
-    }
-    path = arguments.out / "grading.json"
-    write_atomically(path, json.dumps(record, indent=1) + "\n")
-    for row in rows:
-        print(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
-    print(f"written: {path}")
+    )
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)
