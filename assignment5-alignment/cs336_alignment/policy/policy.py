@@ -42,10 +42,10 @@ class ResponseLogProbs:
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal language model of transformers with its tokenizer.
+    """A causal language model (from transformers) with its tokenizer.
 
     Args:
-        precision: bfloat16 computes under autocast; the weights stay what they are.
+        precision: bfloat16 computes under autocast; the type of the weights does not change.
     """
 
     model: PreTrainedModel

@@ -24,19 +24,19 @@ def make_tiny_model(
     tie_word_embeddings: bool = True,
     initializer_range: float = 0.02,
 ) -> Path:
-    """Write a small random Qwen2 model with a byte-level tokenizer, for tests and demonstrations without a download.
+    """Write a small random Qwen2 model with a byte-level tokenizer.
 
     With hidden size 128 and 4 layers it has 0.8 M parameters.
 
     Args:
         hidden_size: a multiple of 32, the size of its attention heads.
-        initializer_range: standard deviation of the random weights. Some 0.2 make predictions decisive.
+        initializer_range: standard deviation of the random weights. About 0.2 makes predictions decisive.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: hidden_size is no multiple of 32.
+        ValueError: hidden_size is not a multiple of 32.
     """
     if hidden_size < TINY_HEAD_SIZE or hidden_size % TINY_HEAD_SIZE:
         raise ValueError(f"hidden_size is {hidden_size}, but must be a multiple of {TINY_HEAD_SIZE}")
@@ -44,7 +44,8 @@ def make_tiny_model(
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=round(hidden_size * 8 / 3 / TINY_HEAD_SIZE) * TINY_HEAD_SIZE,  # as many weights as 4 times …
+        intermediate_size=round(hidden_size * 8 / 3 / TINY_HEAD_SIZE)
+        * TINY_HEAD_SIZE,  # as many weights as with 4 times …
         num_hidden_layers=layers,  # … the hidden size without a gate (Shazeer 2020)
         num_attention_heads=hidden_size // TINY_HEAD_SIZE,
         num_key_value_heads=hidden_size // TINY_HEAD_SIZE,
@@ -63,15 +64,15 @@ def make_tiny_model(
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 262 tokens: padding, end of text, the 256 bytes, and the four `TAGS`.
+    """Make a tokenizer of 262 tokens: padding, end of text, the 256 bytes, and the four `TAGS`.
 
-    Any text comes back from its tokens unchanged, and each character of ASCII is one token.
+    Decoding returns any text unchanged, and each ASCII character is one token.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # a printable character for each byte
     vocab = {token: number for number, token in enumerate([PAD, END_OF_TEXT, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # No special tokens: those are left out of decoded text, and the answer is found by its tags.
+    # They are not special tokens, which decoding leaves out: the tags mark the answer.
     tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END_OF_TEXT)

@@ -1,7 +1,7 @@
-"""Prompt templates: text files with places for what changes.
+"""Prompt templates: text files with placeholders.
 
-`{question}` or `{instruction}` is the place of what is asked, `{response}` that of the reply in a template of whole
-documents. Nothing else in the file has a meaning: `\\boxed{}` and `{x}` stay as they are.
+`{question}` or `{instruction}` is replaced by the question, and `{response}`, in templates of whole documents, by the
+response. Nothing else in the file has a special meaning: `\\boxed{}` and `{x}` stay as they are.
 """
 
 import re
@@ -21,10 +21,10 @@ _PLACE = re.compile(r"\{(question|instruction|response)\}")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A prompt with places for the question and, where whole documents are made, for the response.
+    """A prompt with placeholders for the question and, in templates of whole documents, for the response.
 
     Raises:
-        ValueError: there is no place for a question.
+        ValueError: there is no placeholder for the question.
     """
 
     name: str
@@ -32,7 +32,7 @@ class PromptTemplate:
 
     def __post_init__(self) -> None:
         if not _ASKED.search(self.text):
-            raise ValueError(f"prompt {self.name!r} has no place for the question: write {{question}} where it goes")
+            raise ValueError(f"prompt {self.name!r} has no placeholder for the question; write {{question}} in it")
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -40,12 +40,12 @@ class PromptTemplate:
         return STOPS.get(self.name, ())
 
     def render(self, question: str | None = None, *, instruction: str | None = None, response: str = "") -> str:
-        """The text with its places filled in; braces in what is filled in have no meaning.
+        """Fill in the placeholders. Braces in the question and the response have no special meaning.
 
         Args:
-            question: goes into `{question}` and `{instruction}`, which are two names of one place.
-            instruction: the same by its other name; give one of the two.
-            response: goes into `{response}`. Empty, the text ends where a model begins to write.
+            question: replaces `{question}` and `{instruction}`, which mean the same.
+            instruction: another name for the question; give one of the two.
+            response: replaces `{response}`. If it is empty, the text ends where a model begins to write.
 
         Raises:
             ValueError: neither or both of `question` and `instruction` were given.
@@ -53,14 +53,14 @@ class PromptTemplate:
         if (question is None) == (instruction is None):
             raise ValueError(f"prompt {self.name!r} needs either a question or an instruction")
         asked = question if question is not None else instruction
-        # One pass over the template: what is filled in is never searched for places.
+        # One pass over the template: the text that is filled in is never searched for placeholders.
         return _PLACE.sub(lambda place: response if place[1] == "response" else str(asked), self.text)
 
 
 def load_prompt(name_or_path: str) -> PromptTemplate:
     """The built-in prompt of this name, or else the one in the file at this path.
 
-    The newline with which a text file ends is no part of the prompt: after `<think>` a model goes on in the same line.
+    The newline at the end of the file is not part of the prompt: after `<think>` a model continues on the same line.
 
     Raises:
         ValueError: it is neither, the file is not UTF-8, or it has no place for the question.

@@ -1,9 +1,9 @@
-"""Checkpoints: a model folder of Hugging Face with the state of the optimizer and of the run in it, complete or absent.
+"""Checkpoints: a Hugging Face model folder with the states of the optimizer and of the run, complete or absent.
 
 checkpoints/step_00000020/
-    config.json, model.safetensors, tokenizer.json, …   load it with transformers or vLLM
-    optimizer.pt                                        the optimizer's state
-    trainer_state.json                                  step, random number generators, what the program adds
+    config.json, model.safetensors, tokenizer.json, …   the model, which transformers and vLLM can load
+    optimizer.pt                                        state of the optimizer
+    trainer_state.json                                  step, random number generators, progress of the program
 """
 
 import json
@@ -23,14 +23,14 @@ from cs336_alignment.run_folder import sync
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where a run stands."""
+    """The state of a run, apart from model and optimizer."""
 
     step: int
-    """Steps of the program that are done."""
+    """Number of steps that the program has done."""
     random: dict[str, Any]
-    """States of the random number generators, see `random_state`."""
+    """States of the random number generators; see `random_state`."""
     progress: dict[str, Any]
-    """What else the program goes on from: plain data."""
+    """Further state that the program resumes from, as plain data."""
 
 
 def save_checkpoint(
@@ -44,11 +44,11 @@ def save_checkpoint(
 ) -> Path:
     """Write the state of a run, then delete all but the `keep` latest checkpoints.
 
-    Everything is written under a temporary name and reaches the disk before it takes its own: a run that is killed
-    meanwhile has its earlier checkpoints, and none that is half there.
+    Everything is written under a temporary name and synced to disk before it is renamed, so a run that is killed in
+    between keeps its earlier checkpoints and leaves no incomplete one.
 
     Raises:
-        OSError: it cannot be written (disk full, no permission); the message says how to go on.
+        OSError: the checkpoint cannot be written (disk full, no permission); the message says how to continue.
     """
     final = checkpoint_path(run_dir, step)
     unfinished = final.with_name(final.name + ".tmp")
@@ -70,18 +70,20 @@ def save_checkpoint(
             "then run the same command again: earlier checkpoints are untouched"
         ) from error
     for old in checkpoints(run_dir)[:-keep]:
-        doomed = old.rename(old.with_name(old.name + ".tmp"))  # what is half deleted is no checkpoint either
+        doomed = old.rename(
+            old.with_name(old.name + ".tmp")
+        )  # so that a half-deleted one does not count as a checkpoint
         shutil.rmtree(doomed)
     return final
 
 
 def load_trainer_state(checkpoint: Path, optimizer: torch.optim.Optimizer) -> TrainerState:
-    """Restore the optimizer from a checkpoint, and say where the run stands; the model is `load_model`'s to read.
+    """Restore the optimizer from a checkpoint, and return the state of the run. The model is read by `load_model`.
 
-    The random number generators are left alone: see `set_random_state`.
+    The random number generators are left alone; see `set_random_state`.
 
     Raises:
-        ValueError: the checkpoint is damaged, or is of another optimizer.
+        ValueError: the checkpoint is damaged, or belongs to another optimizer.
     """
     try:
         stored = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -91,13 +93,13 @@ def load_trainer_state(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Tr
     except Exception as error:  # a damaged file makes torch and json raise half a dozen types
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"checkpoint {checkpoint} is damaged ({first_line}); delete it to go on from the checkpoint before it"
+            f"checkpoint {checkpoint} is damaged ({first_line}); delete it to resume from the checkpoint before it"
         ) from error
     return state
 
 
 def random_state() -> dict[str, Any]:
-    """The states of Python's, NumPy's and PyTorch's random number generators, as plain data for JSON."""
+    """Return the states of Python's, NumPy's and PyTorch's random number generators, as plain data for JSON."""
     numpy: Any = np.random.get_state(legacy=False)
     return {
         "python": random.getstate(),
@@ -108,9 +110,9 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Bring the generators to what `random_state` returned, also after a journey through JSON.
+    """Set the generators to what `random_state` returned, which may have been converted to JSON and back.
 
-    A GPU that had no state then, because the run was on another machine, keeps its own.
+    A GPU that has no stored state, because the run was on another machine, keeps its own.
     """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -124,24 +126,24 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Start the generators of Python, NumPy and PyTorch, on all devices, from a seed."""
+    """Seed the generators of Python, NumPy and PyTorch, on all devices."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step belongs."""
+    """Return the folder of the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step_{step:08d}"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     return sorted((run_dir / "checkpoints").glob("step_????????"))
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint that a run goes on from."""
+    """Return the checkpoint that a run resumes from; None if there is none."""
     return next(reversed(checkpoints(run_dir)), None)
 
 

@@ -1,4 +1,4 @@
-"""Direct Preference Optimization (Rafailov et al. 2023): raise chosen responses above rejected ones."""
+"""The loss of direct preference optimization (Rafailov et al. 2023), from log-probabilities of whole responses."""
 
 from collections.abc import Sequence
 
@@ -24,8 +24,8 @@ def dpo_loss(
     """−log σ(reward of the chosen − reward of the rejected), where reward = β log(p / p_ref) (section 4, eq. 7).
 
     Args:
-        policy_chosen, ...: summed log-probabilities of whole responses, or of prompts with responses: a prompt's are
-            the same on both sides and cancel.
+        policy_chosen, ...: summed log-probabilities of whole responses, or of prompts with responses: those of the
+            prompt are the same on both sides and cancel.
 
     Returns:
         The loss of each pair, and the implicit rewards of its chosen and its rejected response, without gradient.
@@ -44,13 +44,13 @@ def compute_per_instance_dpo_loss(
     response_chosen: str,
     response_rejected: str,
 ) -> Float[Tensor, ""]:
-    """The DPO loss of one pair, in the Alpaca template.
+    """Compute the DPO loss of one pair, in the Alpaca template.
 
     Args:
-        lm_ref: the policy at the start; it gets no gradient, and may be on another device.
+        lm_ref: the policy at the start. It receives no gradient, and may be on another device.
 
     Raises:
-        ValueError: the tokenizer has no end of sequence.
+        ValueError: the tokenizer has no end-of-sequence token.
     """
     sequences = [encode_document(tokenizer, prompt, response) for response in (response_chosen, response_rejected)]
     policy = sequence_log_probs(lm, sequences)
@@ -63,10 +63,10 @@ def compute_per_instance_dpo_loss(
 def encode_document(
     tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, template: str = "alpaca_sft"
 ) -> list[int]:
-    """Token ids of a prompt and its response in a template, by name or path, and the end of sequence.
+    """Tokenize a prompt and its response in a template, given by name or path, and append the end of sequence.
 
     Raises:
-        ValueError: the tokenizer has no end of sequence.
+        ValueError: the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
@@ -75,9 +75,9 @@ def encode_document(
 
 
 def sequence_log_probs(model: nn.Module, sequences: Sequence[Sequence[int]]) -> Float[Tensor, " sequences"]:
-    """log p of each sequence of token ids as a whole, given its first token."""
+    """Compute log p of each whole sequence of token ids, given its first token."""
     device = next(model.parameters()).device
     first, rest = [ids[:1] for ids in sequences], [ids[1:] for ids in sequences]
-    batch = collate(first, rest, pad_token_id=0, device=device)  # any token does: what it predicts is masked
+    batch = collate(first, rest, pad_token_id=0, device=device)  # any token will do, because its predictions are masked
     log_probs = get_response_log_probs(model, batch["input_ids"], batch["labels"])["log_probs"]
     return masked_normalize(log_probs, batch["response_mask"], dim=-1)

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens, and entropies, in little more memory than the logits themselves.
 
-Logits are the largest tensor of training: a vocabulary of 150 000 makes 300 kB of each token in bfloat16. Written
-naively, a log-softmax in float32 keeps several times that, so here float32 exists for a few rows at a time: the forward
-pass keeps one number a token, the log-sum-exp, and the backward pass computes the softmax anew from it.
+Logits are the largest tensor of training: with a vocabulary of 150 000, each token takes 300 kB in bfloat16. A naive
+log-softmax in float32 keeps several times that. Here float32 exists for a few rows at a time: the forward pass keeps
+one number per token, the log-sum-exp, and the backward pass computes the softmax again from it.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-#: Logits that are in float32 at a time: 64 MB.
+#: Number of logits that are in float32 at a time: 64 MiB.
 CHUNK_ELEMENTS = 2**24
 
 
 def compute_entropy(logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
-    """The entropy of softmax(logits), −Σ p log p, in nats; of half-precision logits in float32.
+    """Compute the entropy of softmax(logits), −Σ p log p, in nats; for half-precision logits in float32.
 
-    A logit of −∞ is a token of probability 0, which contributes nothing.
+    A logit of −∞ means probability 0 and contributes nothing.
     """
     logits = _at_least_float32(logits)
     log_probs = logits - logits.logsumexp(-1, keepdim=True)
@@ -36,19 +36,19 @@ def get_response_log_probs(
     temperature: float = 1.0,
     attention_mask: Bool[Tensor, "batch seq"] | None = None,
 ) -> dict[str, Float[Tensor, "batch seq"]]:
-    """How probable a causal language model finds each label, given the inputs up to its position.
+    """Compute the log-probability that a causal language model gives each label, given the inputs up to its position.
 
     Args:
         model: returns an object with `logits` [batch seq vocab], as those of transformers do.
-        labels: the token after each input; a response mask later picks those that count.
-        return_token_entropy: also measure how undecided the model was.
-        temperature: logits are divided by it, as when tokens were sampled.
-        attention_mask: False on padding. Only needed if some of it is on the left: then positions, too, are counted
-            from the first token that is none.
+        labels: the token after each input. A response mask later selects those that count.
+        return_token_entropy: also compute the entropy of each prediction.
+        temperature: the logits are divided by it, as in sampling.
+        attention_mask: False on padding. Only needed if there is padding on the left; positions are then counted
+            from the first token after it.
 
     Returns:
-        `log_probs`, log p(label | inputs so far), in float32 also for half-precision logits;
-        `token_entropy`, if asked for, in nats and without gradient: it is for logs.
+        `log_probs`, log p(label | inputs so far), in float32 even for half-precision logits;
+        `token_entropy`, if asked for, in nats and without gradient.
     """
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, but log-probabilities need one above 0")
@@ -77,7 +77,7 @@ def _token_entropy(logits: Float[Tensor, "*batch vocab"], temperature: float) ->
 
 
 class _SelectedLogProbs(torch.autograd.Function):
-    """log softmax(logits / T) at one label a row: z(label) − log Σ exp z, where z = logits / T."""
+    """log softmax(logits / T) at one label per row: z(label) − log Σ exp z, where z = logits / T."""
 
     @staticmethod
     def forward(
@@ -106,7 +106,7 @@ class _SelectedLogProbs(torch.autograd.Function):
 
 
 def _scaled_chunks(logits: Float[Tensor, "rows vocab"], temperature: float) -> Iterator[tuple[slice, Tensor]]:
-    """A few rows at a time, in float32 (or float64), over the temperature: tensors that may be overwritten."""
+    """Yield a few rows at a time, in float32 (or float64), divided by the temperature. They may be overwritten."""
     size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     for start in range(0, max(1, len(logits)), size):
         rows = slice(start, start + size)

@@ -68,7 +68,7 @@ def compute_policy_gradient_loss(
     cliprange: float | None = None,
     cliprange_high: float | None = None,
 ) -> tuple[Float[Tensor, "batch seq"], dict[str, Tensor]]:
-    """The loss of each token by name, and what is worth logging about it.
+    """Compute the loss of each token, by the name of the loss, and metadata to log.
 
     Args:
         cliprange_high: default: the recipe's.
@@ -167,9 +167,10 @@ def sft_loss(
 def kl_estimate(
     policy_log_probs: Float[Tensor, "batch seq"], reference_log_probs: Float[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq"]:
-    """KL(policy ‖ reference) from the one token that the policy drew: x − 1 − log x, where x = p_reference / p.
+    """Estimate KL(policy ‖ reference) from one sampled token: x − 1 − log x, where x = p_reference / p.
 
-    Never negative, unbiased, and of less variance than −log x: "k3" of Schulman 2020, "Approximating KL Divergence".
+    It is never negative, unbiased, and has a smaller variance than −log x: "k3" of Schulman 2020, "Approximating KL
+    Divergence".
     """
     log_ratio = reference_log_probs - policy_log_probs
     return log_ratio.expm1() - log_ratio
@@ -183,20 +184,20 @@ def aggregate(
     total_tokens: int | None = None,
     total_sequences: int | None = None,
 ) -> Float[Tensor, ""]:
-    """The loss of a batch, or of the part of it that a microbatch is.
+    """Reduce the losses of tokens to the loss of a batch, or to a microbatch's share of it.
 
-    A microbatch is told the totals of its optimizer batch. The sum over the microbatches then is the loss of the whole,
+    For a microbatch, pass the totals of its optimizer batch. The shares then add up to the loss of the whole batch,
     however it was split.
 
     Args:
-        mask: True (or 1) on tokens of the response. A response without any contributes zero, but counts as a sequence.
-        aggregation: in brackets what TRL calls it:
+        mask: True (or 1) on response tokens. An empty response contributes zero, but counts as a sequence.
+        aggregation: TRL's names are in brackets:
             "masked_mean": the mean over each response, then over responses (grpo);
-            "masked_normalize": the sum of each response over a constant, then the mean over responses (dr_grpo);
-            "token_mean": the mean over all tokens, in which long responses weigh more (dapo; bnpo without totals).
-        normalize_constant: for masked_normalize, such as the most tokens that a response may have.
-        total_tokens: response tokens of the optimizer batch. Default: those here.
-        total_sequences: responses of the optimizer batch. Default: those here.
+            "masked_normalize": the sum over each response over a constant, then the mean over responses (dr_grpo);
+            "token_mean": the mean over all tokens, so that long responses weigh more (dapo; bnpo without totals).
+        normalize_constant: for masked_normalize, for example the maximum number of tokens of a response.
+        total_tokens: number of response tokens in the optimizer batch. Default: those here.
+        total_sequences: number of responses in the optimizer batch. Default: those here.
 
     Raises:
         ValueError: there is no such aggregation, or the constant is missing.

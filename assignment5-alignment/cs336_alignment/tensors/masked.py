@@ -1,7 +1,7 @@
-"""Means and sums over the entries that a mask lets through.
+"""Means and sums over the entries that a mask selects.
 
-What the mask keeps out is replaced, not multiplied by zero: an infinity or a NaN there changes neither the value nor
-the gradient.
+Other entries are replaced by zero instead of multiplied by it, so an infinity or a NaN there changes neither the value
+nor the gradient.
 """
 
 from jaxtyping import Num, Shaped
@@ -11,13 +11,13 @@ from torch import Tensor
 def masked_mean(
     tensor: Num[Tensor, "*shape"], mask: Shaped[Tensor, "*shape"], dim: int | None = None
 ) -> Num[Tensor, "..."]:
-    """The mean of the masked entries along `dim`, of all of them if it is None; shapes are as of `tensor.mean(dim)`.
+    """Average the masked entries along `dim`, or all of them if it is None; shapes are those of `tensor.mean(dim)`.
 
     Args:
         mask: True (or 1) where an entry counts.
 
     Returns:
-        NaN, 0/0, where no entry counts.
+        The means; NaN, as 0/0, where no entry counts.
     """
     return masked_normalize(tensor, mask, dim) / mask.bool().sum(dim)
 
@@ -28,7 +28,7 @@ def masked_normalize(
     dim: int | None = None,
     normalize_constant: float = 1.0,
 ) -> Num[Tensor, "..."]:
-    """The sum of the masked entries along `dim`, of all of them if it is None, over a constant.
+    """Sum the masked entries along `dim`, or all of them if it is None, and divide by a constant.
 
     Args:
         mask: True (or 1) where an entry counts.

@@ -1,4 +1,4 @@
-"""From prompts and outputs to tensors: token ids, next-token labels, and which labels are response tokens."""
+"""Prompts and outputs as tensors: token ids, next-token labels, and a mask of the labels that belong to responses."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerBase
 def tokenize_prompt_and_output(
     prompt_strs: Sequence[str], output_strs: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
-    """Tokenise each prompt and each output by itself, with the tokenizer's defaults, and `collate` them.
+    """Tokenize each prompt and each output separately, with the tokenizer's defaults, and `collate` them.
 
-    No token spans the boundary, so that the prompt's tokens are those that generation started from. Nothing is added:
-    whoever wants an end of sequence writes it at the end of the output. A tokenizer that opens every text with a
-    token of its own does so for the output too.
+    No token spans the boundary, so the prompt's tokens are those that generation started from. Nothing is added: an end
+    of sequence must be written at the end of the output. A tokenizer that begins every text with a special token does
+    so for the output too.
 
     Returns:
-        What `collate` does.
+        The tensors of `collate`.
 
     Raises:
         ValueError: the tokenizer has no pad token, or there is not one output for each prompt.
@@ -38,7 +38,7 @@ def collate(
 ) -> dict[str, Tensor]:
     """Concatenate the token ids of prompts and outputs, and pad them on the right.
 
-    With the padding on the right, a causal model needs no attention mask: no token that counts sees it.
+    Because the padding is on the right, a causal model needs no attention mask: no token that counts can see it.
 
     Returns:
         Three tensors of shape [batch, tokens of the longest row − 1]:
@@ -52,7 +52,7 @@ def collate(
     if len(prompts) != len(outputs):
         raise ValueError(f"there are {len(prompts)} prompts, but {len(outputs)} outputs; each prompt needs one")
     if not prompts:
-        raise ValueError("there are no prompts to make a batch of; give at least one")
+        raise ValueError("there are no prompts; a batch needs at least one")
     rows = [torch.tensor([*prompt, *output], dtype=torch.long) for prompt, output in zip(prompts, outputs)]
     ids: Int[Tensor, "batch longest"] = pad_sequence(rows, batch_first=True, padding_value=pad_token_id).to(device)
 
@@ -64,16 +64,16 @@ def collate(
 
 
 def token_budget_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split sequences into microbatches that take about the same memory, with little padding.
+    """Split sequences into microbatches that need about the same memory, with little padding.
 
     Args:
         lengths: tokens of each sequence.
-        max_tokens: the most tokens of a microbatch, padding included: rows · longest row. A sequence that is longer
-            than that gets a microbatch of its own.
+        max_tokens: maximum number of tokens in a microbatch, padding included: sequences · longest sequence. A longer
+            sequence gets a microbatch of its own.
 
     Returns:
-        Indices into `lengths`, each once. Sequences are sorted by length, so that rows of one microbatch are of
-        similar length, and the longest come first: what does not fit into memory fails at once.
+        Indices into `lengths`, each of which occurs once. Sequences are sorted by length, so that those of a microbatch
+        have similar lengths. The longest come first, so that running out of memory happens at once.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, but must be at least 1")

@@ -156,7 +156,7 @@ def test_gsm8k_without_its_mark(tmp_path):
 
 def test_unknown_kinds(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"q": "x", "a": "y"})
-    with pytest.raises(ValueError, match=r"line 1: fields q, a are of no data set known here \(math has problem, sol"):
+    with pytest.raises(ValueError, match=r"line 1: fields q, a belong to no known data set \(math has problem, sol"):
         load_examples(path)
     with pytest.raises(ValueError, match="there is no kind of data set 'MATH'; choose one of math, svamp"):
         load_examples(path, "MATH")

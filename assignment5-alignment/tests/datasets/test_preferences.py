@@ -80,7 +80,7 @@ def test_what_is_left_out_is_counted(tmp_path, row, reason):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"chosen": "x"}, "line 2: field 'chosen' is no dialogue: it must begin with"),
+        ({"chosen": "x"}, "line 2: field 'chosen' is not a dialogue; it must begin with"),
         ({"chosen": HH["chosen"]}, "line 2: field 'rejected' is missing"),
         (HH | {"rejected": 3}, "line 2: field 'rejected' is 3, but must be a string"),
         (TALK | {"conversations": "Why?"}, "line 2: field 'conversations' must be a list of turns"),

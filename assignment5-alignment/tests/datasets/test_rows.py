@@ -45,8 +45,8 @@ def test_rows_know_their_line(tmp_path):
         (b"[]", "is empty: it has no rows"),
         (b'{"a": 1}\n{"a": \n', r", line 2: broken JSON \(Expecting value at column 6\)"),
         (b'{"a": 1}{"a": 2}', r", line 1: broken JSON \(Extra data at column 9\)"),
-        (b'{"a": 1}\n[1, 2]\n', r", line 2: \[1, 2\] is no JSON object with named fields"),
-        (b'[{"a": 1}, 7]', r", row 2: 7 is no JSON object"),
+        (b'{"a": 1}\n[1, 2]\n', r", line 2: \[1, 2\] is not a JSON object with named fields"),
+        (b'[{"a": 1}, 7]', r", row 2: 7 is not a JSON object"),
         (b'[{"a": 1}', r"broken JSON"),
         (b'{"a": 1}\n{"a": "\xff"}\n', r", line 2: byte 0xff at column 8 is not UTF-8; convert the file to UTF-8"),
         (b'{"a": ' + b"[" * 100_000, r", line 1: broken JSON"),
@@ -68,7 +68,7 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path, content, message):
 def test_a_damaged_archive(tmp_path, damage):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(damage(gzip.compress(b'{"a": "abcdefghijklmnopqrstuvwxyz"}\n' * 3)))
-    with pytest.raises(ValueError, match=r"rows.jsonl.gz is no complete gzip file"):
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz is not a complete gzip file"):
         read_json_rows(path)
 
 

@@ -106,7 +106,7 @@ def test_an_unknown_name_is_answered_with_those_there_are(tmp_path):
 def test_files_that_are_no_prompts(tmp_path):
     path = tmp_path / "broken.prompt"
     path.write_text("Write a poem about {x}.", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"'broken' has no place for the question: write \{question\}"):
+    with pytest.raises(ValueError, match=r"'broken' has no placeholder for the question; write \{question\}"):
         load_prompt(str(path))
     path.write_bytes(b"{question} \xff")
     with pytest.raises(ValueError, match=r"broken.prompt is not UTF-8: invalid start byte at byte 11"):

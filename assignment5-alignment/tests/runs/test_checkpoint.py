@@ -103,7 +103,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, file, share):
     whole = (path / file).read_bytes()
     (path / file).write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(
-        ValueError, match=r"step_00000001 is damaged \(.*\); delete it to go on from the checkpoint before it"
+        ValueError, match=r"step_00000001 is damaged \(.*\); delete it to resume from the checkpoint before it"
     ):
         load_trainer_state(path, optimizer)
 

@@ -30,13 +30,15 @@ def make_engine(
     """Make an engine.
 
     Args:
-        path: folder of the model; both engines begin with its weights, unless they share those of `policy`.
-        policy: the model that is trained. The transformers engine uses it itself if it is on `device` in `dtype`, and
-            otherwise reads a copy of its own. The vllm engine has its own in any case, and prepares to give back its
-            memory in `sleep` if the policy is on the same device.
-        dtype: that the engine computes in.
+        path: folder of the model. Both engines start with its weights, unless they share those of `policy`.
+        policy: the model in training. The transformers engine uses that model itself if it is on `device` in `dtype`,
+            and otherwise reads its own copy. The vllm engine always has its own, and prepares to release its memory in
+            `sleep` if the policy is on the same device.
+        dtype: type that the engine computes in.
+        max_model_len: maximum number of tokens of a prompt and its completion. Default: the model's context.
         gpu_memory_utilization, seed: see `VllmEngine`.
-        compiled: compile the model and record CUDA graphs. Default: on a GPU.
+        compiled: compile the model and record CUDA graphs. Default: on a GPU only.
+        progress: show a progress bar.
 
     Raises:
         ValueError: vLLM is asked for but not installed, or the engine cannot run the model.

@@ -20,11 +20,11 @@ class Completion:
     text: str
     """Without the end-of-sequence token; with the stop string that ended it."""
     token_ids: tuple[int, ...]
-    """What the engine generated, a final end-of-sequence token included."""
+    """The generated tokens, including a final end-of-sequence token."""
     log_probs: tuple[float, ...]
     """The engine's log-probability of each of these tokens, before temperature and top-p."""
     finish_reason: Literal["stop", "length"]
-    """length: `max_tokens`, or the model's context, cut it short."""
+    """length: it was cut short at `max_tokens` or at the end of the model's context."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Text into the model and out of it: what both engines must do alike for their completions to be the same."""
+"""Encoding prompts and decoding completions, identically in both engines so that their completions are the same."""
 
 from collections.abc import Sequence
 
@@ -7,22 +7,22 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], context_length: int) -> list[list[int]]:
-    """The token ids of each prompt, by the tokenizer's defaults, as trainers encode them too.
+    """Tokenize each prompt with the tokenizer's defaults, as in training.
 
     Args:
-        context_length: the most tokens of a prompt and its completion together.
+        context_length: maximum number of tokens of a prompt and its completion together.
 
     Raises:
-        ValueError: a prompt is empty, or leaves no room for a token of the completion.
+        ValueError: a prompt is empty, or leaves no room for a completion.
     """
     encoded: list[list[int]] = tokenizer(list(prompts))["input_ids"] if prompts else []
     for number, token_ids in enumerate(encoded):
         if not token_ids:
-            raise ValueError(f"prompt {number} is empty, but a model continues at least one token; give it some text")
+            raise ValueError(f"prompt {number} is empty, but a model needs a token to continue; give it some text")
         if len(token_ids) >= context_length:
             raise ValueError(
                 f"prompt {number} has {len(token_ids)} tokens, but the model's context is {context_length}, of which "
-                "one at least is for the completion; shorten the prompt, or choose a model of a longer context"
+                "at least one is for the completion; shorten the prompt, or choose a model with a longer context"
             )
     return encoded
 
@@ -30,16 +30,16 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], c
 def end_of_sequence_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None
 ) -> frozenset[int]:
-    """The tokens that end a completion: the tokenizer's, and those that the model's generation config adds."""
+    """Return the tokens that end a completion: the tokenizer's, and those in the model's generation config."""
     named = generation_config.eos_token_id if generation_config is not None else None
     more = [] if named is None else [named] if isinstance(named, int) else named
     return frozenset({tokenizer.eos_token_id, *more} - {None})
 
 
 class CompletionText:
-    """The text of a completion that grows token by token, and whether a stop string has ended it.
+    """The text of a completion that grows token by token until a stop string ends it.
 
-    As vLLM does it: special tokens leave no text, and a character appears once the last of its bytes is there.
+    As in vLLM, special tokens have no text, and a character appears when the last of its bytes has arrived.
 
     >>> text = CompletionText(tokenizer, prompt_ids, stop=("</answer>",))
     >>> [text.append(token) for token in tokenizer("7</answer>!")["input_ids"]]
@@ -48,8 +48,8 @@ class CompletionText:
     '7</answer>'
 
     Args:
-        prompt_ids: what the completion follows; some tokenizers write a token's space only where it follows another.
-        min_tokens: a stop string must end later than with this many tokens.
+        prompt_ids: the prompt's tokens. Some tokenizers write a token's leading space only if it follows another token.
+        min_tokens: stop strings are ignored within this many tokens.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CompletionText:
         self._tokens_until_stop = min_tokens
 
     def append(self, token_id: int) -> bool:
-        """Take the next token; True if it completes a stop string, after which the text is cut off."""
+        """Add the next token. Return True if it completes a stop string, after which the text is cut off."""
         seen = len(self.text)
         self.text += self._stream.step(self._tokenizer, token_id) or ""
         self._tokens_until_stop -= 1

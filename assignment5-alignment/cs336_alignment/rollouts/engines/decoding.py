@@ -1,13 +1,13 @@
-"""A batch of prompts on its way through a transformers model, a token at a time, with a key-value cache.
+"""Decoding a batch of prompts with a transformers model, one token per row and step, with a KV cache.
 
-Rows are padded on the left, so that all of them write the same column next:
+Rows are padded on the left, so that all of them write to the same column next:
 
     row 0   .  .  T  h  e | c  a  t        "." is padding, which no token attends to;
     row 1   1  +  1  =  ? | 2  .           "|" is where the prompts end
 
-Keys and values live in buffers of full length from the start. On a CPU a step attends to the columns so far. On a GPU
-that would leave most of the time to Python and to the launching of kernels, so that there a step is compiled, and
-recorded as a CUDA graph for each shape that it is run with: rows and columns then come in few sizes.
+Keys and values are in buffers of full length from the start. On a CPU, a step attends to the columns used so far. On a
+GPU most of the time would then go to Python and to launching kernels. There a step is compiled and recorded as a CUDA
+graph for each shape it is run with, and rows and columns are rounded up so that there are few shapes.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +21,9 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 GROUPED_ATTENTION = "grouped_sdpa"
-PREFILL_TOKENS = 16_384  # of prompts that go through the model at once
-COLUMN_BLOCK, ROW_BLOCK = 256, 8  # multiples that numbers of columns and rows are rounded up to for CUDA graphs
-SPARE_COLUMNS = 8  # of buffers, never in use: torch.compile takes a view of the whole buffer for another kind of tensor
+PREFILL_TOKENS = 16_384  # tokens of prompts that go through the model at once
+COLUMN_BLOCK, ROW_BLOCK = 256, 8  # columns and rows are rounded up to multiples of these for CUDA graphs
+SPARE_COLUMNS = 8  # never used: torch.compile treats a view of a whole buffer differently
 
 
 def grouped_attention(
@@ -35,10 +35,10 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' interface; for a single query, keys shared by several heads are not copied.
+    """Compute attention, with transformers' interface, without copying keys that several heads share.
 
-    transformers repeats keys and values for each head of a group where there is a mask. Instead, the heads of a group
-    become queries of one head: they see the same keys under the same mask.
+    With a mask, transformers repeats keys and values for each head of a group. For a single query, the heads of a group
+    are here treated as queries of one head instead: they attend to the same keys under the same mask.
     """
     rows, heads, queries, size = query.shape
     if queries > 1:
@@ -52,7 +52,7 @@ AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
 
 
 class PromptCache(Cache):
-    """Keeps the keys and values of whole prompts, [prompts, heads, columns, size] for each layer."""
+    """A KV cache of whole prompts, [prompts, heads, columns, size] for each layer."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
@@ -60,14 +60,14 @@ class PromptCache(Cache):
         self.values: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """What a layer calls with keys and values of its tokens; returns those that the tokens attend to."""
+        """Store a layer's keys and values of new tokens, and return those that the tokens attend to."""
         self.keys.append(key_states)
         self.values.append(value_states)
         return key_states, value_states
 
 
 class StepCache(Cache):
-    """Puts keys and values of one column into buffers, [rows, heads, columns, size] for each layer."""
+    """A KV cache that writes one column into buffers, [rows, heads, columns, size] for each layer."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], column: Int[Tensor, "1"]) -> None:
         super().__init__(layers=[])
@@ -76,7 +76,7 @@ class StepCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """What a layer calls with keys and values of its tokens; returns those that the tokens attend to."""
+        """Store a layer's keys and values of new tokens, and return those that the tokens attend to."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys.index_copy_(2, self.column, key_states)
         values.index_copy_(2, self.column, value_states)
@@ -92,7 +92,7 @@ def step_logits(
     values: list[Tensor],
     column: Int[Tensor, "1"],
 ) -> Float[Tensor, "rows vocab"]:
-    """Run one token of each row through the model; its keys and values go to that column of the buffers."""
+    """Run one token of each row through the model, and write its keys and values to a column of the buffers."""
     cache = StepCache(keys, values, column)
     return model(
         input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
@@ -100,12 +100,12 @@ def step_logits(
 
 
 class Decoder:
-    """Rows of left-padded texts, each of which gets a token at every step.
+    """Decodes a batch of left-padded rows, one token per row and step.
 
     Args:
-        rows: the most that a batch may have.
-        columns: the most tokens of a prompt and its completion together.
-        compiled: `step_logits` after torch.compile, which is recorded in CUDA graphs on a GPU; None takes neither.
+        rows: maximum number of rows in a batch.
+        columns: maximum number of tokens of a prompt and its completion together.
+        compiled: `step_logits` after torch.compile, which is recorded in CUDA graphs on a GPU. None: neither.
     """
 
     def __init__(
@@ -125,18 +125,18 @@ class Decoder:
         self._buffer_columns = self._max_columns + SPARE_COLUMNS
         self._mask = torch.zeros(self._max_rows, 1, 1, self._buffer_columns, dtype=torch.bool, device=self._device)
         self._column = torch.zeros(1, dtype=torch.long, device=self._device)
-        self._rows, self._width = 0, 0  # what is in use of the buffers
+        self._rows, self._width = 0, 0  # the used part of the buffers
 
     def holds(self, rows: int, columns: int) -> bool:
-        """Whether the buffers are large enough for such a batch."""
+        """Whether the buffers are large enough for a batch of this size."""
         return rows <= self._max_rows and columns <= self._max_columns
 
     def start(self, prompts: Sequence[Sequence[int]], prompt_of_row: Sequence[int]) -> Float[Tensor, "rows vocab"]:
-        """Begin a batch; each prompt goes through the model once, however many rows continue it.
+        """Start a batch. Each prompt goes through the model once, however many rows continue it.
 
         Args:
-            prompts: token ids, at least one each.
-            prompt_of_row: for each row an index into `prompts`.
+            prompts: token ids, at least one per prompt.
+            prompt_of_row: for each row, an index into `prompts`.
 
         Returns:
             The logits of the rows' first tokens.
@@ -148,7 +148,7 @@ class Decoder:
         tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         padding = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
         for buffer in self._keys + self._values:
-            buffer.zero_()  # a batch that ended in NaN would live on in them: 0 times NaN is NaN
+            buffer.zero_()  # otherwise a NaN from an earlier batch would survive: 0 times NaN is NaN
 
         logits = []
         prompts_at_once = max(1, PREFILL_TOKENS // width)
@@ -164,7 +164,7 @@ class Decoder:
         return torch.cat(logits)[source[: len(prompt_of_row)]]
 
     def step(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
-        """Append a token to each row; returns the logits of the next ones, good until the next step."""
+        """Append a token to each row. Returns the logits of the next ones, which are valid until the next step."""
         self._tokens[: len(tokens), 0] = tokens
         self._column.fill_(self._width)
         self._mask[: self._rows, :, :, self._width] = True
@@ -174,11 +174,11 @@ class Decoder:
         return logits[: len(tokens)]
 
     def worth_dropping(self, rows: int) -> bool:
-        """Whether going on with so many rows alone, see `keep`, saves more time than it takes."""
+        """Whether continuing with only this many rows (see `keep`) saves more time than it takes."""
         return self._round_up(rows, ROW_BLOCK) <= self._rows * (0.5 if self._few_shapes else 0.75)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order."""
+        """Continue with only these rows, in this order."""
         kept = self._padded(rows)
         for buffer in self._keys + self._values:
             buffer[: len(kept), :, : self._width] = buffer[kept, :, : self._width]
@@ -191,7 +191,7 @@ class Decoder:
     ) -> Float[Tensor, "prompts vocab"]:
         column = torch.arange(tokens.shape[1], device=tokens.device)
         real = column >= padding[:, None]
-        # Padding sees itself, because attention to nothing at all is 0/0; nobody sees padding.
+        # Padding attends to itself, because attention to nothing is 0/0. No other token attends to padding.
         mask = (column <= column[:, None]) & real[:, None, :] | torch.eye(
             len(column), dtype=torch.bool, device=column.device
         )
@@ -206,7 +206,7 @@ class Decoder:
         ).logits[:, -1]
 
     def _store(self, cache: PromptCache, rows: Int[Tensor, " rows"], source: Int[Tensor, " rows"]) -> None:
-        """Put the keys and values of prompts into the buffers, which are made when first needed."""
+        """Copy the keys and values of prompts into the buffers, which are allocated when first needed."""
         for buffers, states in ((self._keys, cache.keys), (self._values, cache.values)):
             if not buffers:
                 buffers += [
@@ -217,7 +217,7 @@ class Decoder:
                 buffer[rows, :, : state.shape[2]] = state[source]
 
     def _run(self, rows: int, columns: int) -> Tensor:
-        """A step of so many rows of the buffers, attending to so many columns."""
+        """Run a step of this many rows of the buffers, attending to this many columns."""
         if self._graphs is None:
             return self._forward(*self._inputs(rows, columns))
         return self._graphs.run((rows, columns), lambda: self._forward(*self._inputs(rows, columns)))
@@ -234,7 +234,7 @@ class Decoder:
         )
 
     def _padded(self, rows: Sequence[int]) -> Int[Tensor, " padded"]:
-        """Fill up to a number of rows that there is a graph for, by repeating the last one."""
+        """Round up to a number of rows that graphs are recorded for, by repeating the last row."""
         padding = self._round_up(len(rows), ROW_BLOCK) - len(rows)
         return torch.tensor([*rows, *[rows[-1]] * padding], device=self._device)
 
@@ -243,14 +243,14 @@ class Decoder:
 
 
 class _GraphPool:
-    """CUDA graphs by the shapes that they were recorded with. They share the memory of their intermediate results."""
+    """CUDA graphs by the shapes that they were recorded with. They share memory for their intermediate results."""
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._memory = torch.cuda.graph_pool_handle()
 
     def run(self, shape: tuple[int, int], compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` returns, recorded the first time. The tensor is the same each time."""
+        """Return the result of `compute`, which is recorded the first time. The result is the same tensor each time."""
         if shape not in self._graphs:
             self._graphs[shape] = self._record(compute)
         graph, result = self._graphs[shape]
@@ -261,7 +261,7 @@ class _GraphPool:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            compute()  # compiles, and lets libraries allocate what they keep, neither of which may happen in a graph
+            compute()  # compiles, and lets libraries allocate workspaces; neither may happen while recording
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory):

@@ -6,31 +6,31 @@ from torch import Tensor
 
 
 def draw_uniforms(rows: int, steps: int, seed: int | None) -> Float[Tensor, "rows steps"]:
-    """The random numbers in [0, 1) that decide each token of each row.
+    """Draw the random numbers in [0, 1) that decide each token of each row.
 
-    They are drawn beforehand on the CPU, so that a row's tokens depend on neither the device nor on how rows are
-    spread over batches.
+    They are drawn in advance on the CPU, so that a row's tokens depend neither on the device nor on how rows are
+    distributed over batches.
 
     Args:
-        seed: None takes them from PyTorch's global generator.
+        seed: None uses PyTorch's global generator.
     """
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return torch.rand(rows, steps, dtype=torch.float64, generator=generator)
 
 
-def choose(
+def sample_tokens(
     logits: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"], temperature: float, top_p: float
 ) -> Int[Tensor, " rows"]:
-    """Draw a token of each row, by inverting the cumulative distribution.
+    """Sample a token for each row, by inverting the cumulative distribution.
 
     Args:
         uniforms: float64 in [0, 1).
         temperature: 0 takes the most probable token.
-        top_p: draw from the nucleus (Holtzman et al. 2020): the fewest tokens whose probabilities sum to this.
+        top_p: sample from the nucleus (Holtzman et al. 2020): the smallest set of tokens with this total probability.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits - logits.amax(-1, keepdim=True)  # so that no temperature is too low to divide by
+    logits = logits - logits.amax(-1, keepdim=True)  # so that dividing by a low temperature does not overflow
     probabilities = (logits / temperature).softmax(-1)
     order = None
     if top_p < 1:

@@ -1,8 +1,8 @@
-"""Generation with the transformers model that is trained: no second copy of the weights, and nothing to install.
+"""Generation with the transformers model in training: no second copy of the weights, and nothing to install.
 
-`generate` of transformers is not used: it runs prompts once for each of their samples, keeps finished rows in the
-batch, looks for stop strings in the text of every row at every step, seeds a batch but not a row, and returns
-log-probabilities only with the logits of the whole batch.
+The `generate` method of transformers is not used, because it runs a prompt once per sample, keeps finished rows in the
+batch, searches the text of every row for stop strings at every step, seeds a batch instead of a row, and returns
+log-probabilities only together with the logits of the whole batch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,22 +22,22 @@ from cs336_alignment.rollouts.config import SamplingParams
 from cs336_alignment.rollouts.engines.base import Completion
 from cs336_alignment.rollouts.engines.completion_text import CompletionText, encode_prompts, end_of_sequence_ids
 from cs336_alignment.rollouts.engines.decoding import GROUPED_ATTENTION, Decoder, step_logits
-from cs336_alignment.rollouts.engines.sampling import choose, draw_uniforms
+from cs336_alignment.rollouts.engines.sampling import draw_uniforms, sample_tokens
 from cs336_alignment.rollouts.engines.weights import WeightCheck
 
 
 class TransformersEngine:
-    """An `InferenceEngine` on a causal language model of transformers whose layers all have full attention.
+    """An `InferenceEngine` on a causal language model (from transformers) whose layers all have full attention.
 
     Args:
-        model_or_path: a model, which is used as it is and where it is, such as the one that is trained: what it
-            learns is there at once. Or a folder, which is read for this engine.
-        device, dtype: of a model that is read from a folder.
-        compiled: on a GPU, run steps as CUDA graphs of code that torch.compile made. It takes a minute or more once,
-            and then some tenths of a second for each new size of batch.
-        max_batch_tokens: rows times tokens of a row (prompt and completion) that are generated at once; more are
-            spread over several batches. Qwen 2.5 1.5B in bfloat16 needs 28 kB for each: 15 GB for the default.
-        max_model_len: the most tokens of a prompt and its completion. Default: the model's context.
+        model_or_path: a model, which is used in place, such as the one in training, so that new weights take effect at
+            once. Or a folder, from which the engine reads its own model.
+        device, dtype: for a model that is read from a folder.
+        compiled: on a GPU, run steps as CUDA graphs of code from torch.compile. This takes a minute or more once, and
+            then some tenths of a second for each new batch size.
+        max_batch_tokens: maximum of rows times tokens per row (prompt and completion) in a batch; more are distributed
+            over several batches. Qwen 2.5 1.5B in bfloat16 needs 28 kB per token, 15 GB for the default.
+        max_model_len: maximum number of tokens of a prompt and its completion. Default: the model's context.
         progress: show a progress bar.
     """
 
@@ -65,7 +65,7 @@ class TransformersEngine:
         if {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}:
             raise ValueError(
                 f"the model has layers of {', '.join(sorted({*config.layer_types}))}, but the transformers engine "
-                "knows full attention only; use the vllm engine"
+                "supports full attention only; use the vllm engine"
             )
         self._context_length = min(config.max_position_embeddings, max_model_len or config.max_position_embeddings)
         self._ends = end_of_sequence_ids(tokenizer, self._model.generation_config)
@@ -78,7 +78,7 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[list[Completion]]:
         """See `InferenceEngine.generate`."""
         if not self._awake:
-            raise RuntimeError("the engine sleeps; call wake() before generate()")
+            raise RuntimeError("the engine is asleep; call wake() before generate()")
         encoded = encode_prompts(self._tokenizer, prompts, self._context_length)
         rows = [
             _Row(
@@ -101,7 +101,7 @@ class TransformersEngine:
         return [completions[first : first + params.n] for first in range(0, len(rows), params.n)]
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """See `InferenceEngine.load_weights`. Weights that the engine shares with the trainer are there already."""
+        """See `InferenceEngine.load_weights`. Weights shared with the trainer are up to date already."""
         new = self._check_weights(state_dict)
         with torch.no_grad():
             for name, weight in self._model.state_dict().items():
@@ -109,20 +109,20 @@ class TransformersEngine:
                     weight.copy_(new[name])
 
     def sleep(self) -> None:
-        """Give back the key-value cache and, if the engine read its model itself, the GPU memory of that."""
+        """Release the KV cache and, if the engine has a model of its own, that model's GPU memory."""
         self._awake = False
         if self._owns_model:
             self._model.to("cpu")
         self._forget_decoder()
 
     def wake(self) -> None:
-        """Be ready again."""
+        """Move the engine's own model back to its device."""
         if self._owns_model:
             self._model.to(self._device)
         self._awake = True
 
     def close(self) -> None:
-        """Give back everything but a model that was given; the engine cannot be used afterwards."""
+        """Release everything except a model that was passed in. The engine cannot be used afterwards."""
         self._model = None
         self._forget_decoder()
 
@@ -133,7 +133,7 @@ class TransformersEngine:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """The model as generation needs it; afterwards it is as it was."""
+        """Put the model into the state that generation needs, and restore it afterwards."""
         training = [module for module in self._model.modules() if module.training]
         attention = self._model.config._attn_implementation
         self._model.eval()
@@ -148,7 +148,7 @@ class TransformersEngine:
                 module.training = True
 
     def _batches(self, rows: Sequence["_Row"]) -> Iterator[list["_Row"]]:
-        """Rows of similar length together, the longest first: what memory is needed is needed at once."""
+        """Group rows of similar length, the longest first, so that running out of memory happens at once."""
         batch: list[_Row] = []
         for row in sorted(rows, key=lambda row: (-len(row.prompt_ids), row.number)):
             if batch and (len(batch) + 1) * _columns([*batch[:1], row]) > self._max_batch_tokens:
@@ -161,7 +161,7 @@ class TransformersEngine:
     def _complete(
         self, batch: list["_Row"], uniforms: Float[Tensor, "rows steps"], params: SamplingParams
     ) -> Iterator[int]:
-        """Generate all of a batch; yields how many of its rows have ended at each step."""
+        """Generate a whole batch. Yields the number of rows that ended at each step."""
         prompts = {row.prompt: row.prompt_ids for row in batch}
         index = {prompt: position for position, prompt in enumerate(prompts)}
         decoder = self._decoder_for(len(batch), _columns(batch))
@@ -175,13 +175,13 @@ class TransformersEngine:
                     row.append(token, log_prob, self._ends)
                     ended += row.finish_reason is not None
             yield ended
-            going_on = [position for position, row in enumerate(batch) if row.finish_reason is None]
-            if not going_on:
+            unfinished = [position for position, row in enumerate(batch) if row.finish_reason is None]
+            if not unfinished:
                 return
-            if decoder.worth_dropping(len(going_on)):
-                decoder.keep(going_on)
-                batch = [batch[position] for position in going_on]
-                tokens, draws = tokens[going_on], draws[going_on]
+            if decoder.worth_dropping(len(unfinished)):
+                decoder.keep(unfinished)
+                batch = [batch[position] for position in unfinished]
+                tokens, draws = tokens[unfinished], draws[unfinished]
             logits = decoder.step(tokens)
 
     def _choose(
@@ -191,29 +191,29 @@ class TransformersEngine:
         params: SamplingParams,
         may_end: bool,
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-        """The next tokens with their log-probabilities under the model itself."""
+        """Sample the next tokens. Returns them with their log-probabilities before temperature and top-p."""
         logits = logits.float()
         normaliser = logits.logsumexp(-1)
         allowed = logits
         if not may_end:
             allowed = logits.index_fill(-1, torch.tensor(sorted(self._ends), device=logits.device), -torch.inf)
-        tokens = choose(allowed, uniforms, params.temperature, params.top_p)
+        tokens = sample_tokens(allowed, uniforms, params.temperature, params.top_p)
         return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - normaliser
 
     def _decoder_for(self, rows: int, columns: int) -> Decoder:
-        """A decoder that is large enough; a compiled one is kept, because its graphs take a while to record."""
+        """Return a decoder that is large enough. A compiled one is kept, because recording its graphs takes a while."""
         if self._compiled is None:
             return Decoder(self._model, rows, columns)
-        weights = tuple(weight.data_ptr() for weight in self._model.parameters())  # which graphs read by their address
+        weights = tuple(weight.data_ptr() for weight in self._model.parameters())  # graphs read weights by address
         if self._decoder and self._decoder_weights == weights and self._decoder.holds(rows, columns):
             return self._decoder
-        self._decoder = None  # before there is another, so that their buffers are not there both at once
+        self._decoder = None  # first, so that its buffers and those of the next do not exist at the same time
         self._decoder, self._decoder_weights = Decoder(self._model, rows, columns, self._compiled), weights
         return self._decoder
 
 
 class _Row:
-    """A completion that is being generated."""
+    """A completion in progress."""
 
     def __init__(self, number: int, prompt: int, prompt_ids: list[int], limit: int, text: CompletionText) -> None:
         self.number = number
@@ -239,5 +239,5 @@ class _Row:
 
 
 def _columns(rows: Sequence[_Row]) -> int:
-    """The width of a batch of these rows: the longest prompt and the longest completion."""
+    """Return the width of a batch of these rows: the longest prompt plus the longest completion."""
     return max(len(row.prompt_ids) for row in rows) + max(row.limit for row in rows)

