@@ -1,8 +1,8 @@
 r"""The value of an arithmetic expression: exact if it is rational, otherwise a floating-point number.
 
-The canonical LaTeX of `latex.canonical` is parsed by recursive descent, in microseconds. Every letter stands for a fixed
-number, so expressions with different values are different expressions. Equal floating-point values prove nothing; then
-sympy must decide.
+The canonical LaTeX of `latex.canonical` is parsed by recursive descent, in microseconds. Every letter stands for a
+fixed number, so expressions with different values are different expressions. Equal floating-point values prove nothing;
+then sympy must decide.
 """
 
 import cmath
@@ -35,9 +35,9 @@ def evaluate(text: str) -> Value | None:
     r"""Compute the value of a canonical text; None if that is not possible here.
 
     The text may contain decimals (with thousands separators, a power of ten after `e`, or a repeating period under
-    `\overline`), mixed numbers, the four operations, powers, factorials, `\frac`, `\sqrt`, `\pi`, `e`, `i`, and letters.
-    A rational value is exact: 0.33 is not 1/3. A product without a sign binds more tightly than a quotient: a/bc is
-    a/(bc).
+    `\overline`), mixed numbers, the four operations, powers, factorials, `\frac`, `\sqrt`, `\pi`, `e`, `i`, and
+    letters. A rational value is exact: 0.33 is not 1/3. A product without a sign binds more tightly than a quotient:
+    a/bc is a/(bc).
 
     >>> evaluate(r"6\frac{1}{5}"), evaluate(r"1.5\cdot10^{3}"), evaluate(r"0.1\overline{6}")
     (Fraction(31, 5), Fraction(1500, 1), Fraction(1, 6))

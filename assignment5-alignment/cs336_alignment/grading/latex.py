@@ -1,7 +1,7 @@
 r"""One canonical spelling for the many ways in which LaTeX can write the same answer.
 
-`canonical` is not a parser. It rewrites the text by rules that keep its meaning, so that many equal answers become equal
-strings, and so that the code that reads them afterwards has few cases to handle. In its output
+`canonical` is not a parser. It rewrites the text by rules that keep its meaning, so that many equal answers become
+equal strings, and so that the code that reads them afterwards has few cases to handle. In its output
 
 - there is a space only where it has a meaning: between two digits, before a word, after a comma;
 - `\frac`, `\sqrt`, `^` and `_` have their arguments in braces;

@@ -1,8 +1,8 @@
 r"""The slow path: comparing expressions and equations with sympy.
 
-This runs only in worker processes (`pool`), because importing sympy takes seconds, and a hostile expression can take any
-amount of time and memory. latex2sympy2_extended, math-verify's parser, reads the LaTeX. Expressions are compared by
-value at random points. Answers that are neither expressions nor equations are compared by math-verify.
+This runs only in worker processes (`pool`), because importing sympy takes seconds, and a hostile expression can take
+any amount of time and memory. latex2sympy2_extended, math-verify's parser, reads the LaTeX. Expressions are compared
+by value at random points. Answers that are neither expressions nor equations are compared by math-verify.
 """
 
 import random
@@ -56,7 +56,7 @@ def _expressions_equal(answer: str, truth: str) -> bool:
 
 @lru_cache(maxsize=256)
 def _read(text: str) -> Any:
-    r"""Convert canonical LaTeX to a sympy expression, with exact decimals, degrees in radians, and `i` as imaginary unit."""
+    r"""Convert canonical LaTeX to a sympy expression: decimals exact, degrees in radians, `i` as imaginary unit."""
     text = _DECIMAL.sub(lambda match: rf"\frac{{{int(match[1] + match[2])}}}{{{10 ** len(match[2])}}}", text)
     text = _DEGREES.sub(r"(\1\\cdot\\pi/180)", text)
     text = _PRODUCT.sub(r"\\cdot(", text)
@@ -94,8 +94,8 @@ def _values_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
     """Compare expressions by value, at several points if they have variables.
 
     Two expressions that agree to 50 digits at random points on both sides of zero are considered identical (Schwartz
-    1980). sympy's `simplify` takes longer and misses many identities. It decides only if there are no values to compare,
-    or if they are so large or small that 50 digits prove little.
+    1980). sympy's `simplify` takes longer and misses many identities. It decides only if there are no values to
+    compare, or if they are so large or small that 50 digits prove little.
     """
     if a == b:
         return a.is_finite is not False  # 1/0 is not 2/0

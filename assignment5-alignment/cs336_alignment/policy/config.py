@@ -30,8 +30,7 @@ class OptimizerConfig:
     gradient_accumulation_steps: int = 128
     """Number of microbatches that the batch of an update is split into."""
     microbatch_tokens: int | None = None
-    """Split by tokens instead: each microbatch holds sequences of similar length and at most this many tokens,
-    padding included."""
+    """Split by tokens instead: at most this many per microbatch, with padding, in sequences of similar length."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):

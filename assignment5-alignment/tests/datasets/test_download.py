@@ -93,7 +93,7 @@ def test_math_is_all_its_parts_less_what_training_shares_with_the_test(viewer, t
     train, test = (load_examples(path) for path in download("math", tmp_path))
     assert [example.answer for example in test] == [f"{p} 1 {i}" for p, size in sizes.items() for i in range(size)]
     assert [example.answer for example in train] == [f"{p} 0 {i}" for p, size in sizes.items() for i in range(size)]
-    assert "train.jsonl: 1 problems left out that test.jsonl has too" in capsys.readouterr().out
+    assert "train.jsonl: left out 1 problems that are also in test.jsonl" in capsys.readouterr().out
     assert [start for part, split, start in asked if (part, split) == ("intermediate_algebra", "test")] == [0, 100, 200]
 
     before = len(asked)
@@ -182,7 +182,7 @@ def test_preferences_stay_packed(hub, tmp_path, monkeypatch, capsys):
     main()
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].endswith(
-        "helpful-base/train.jsonl.gz: 1 pairs of one turn; 1 others are left out when it is read"
+        "helpful-base/train.jsonl.gz: 1 pairs of one turn; 1 others are left out when the file is read"
     )
     assert len(printed) == len(asked) == 8
     assert load_preferences(tmp_path / "hh" / "harmless-base" / "test.jsonl.gz")[0][0].chosen == "chosen."
@@ -209,6 +209,6 @@ def test_no_network_is_one_sentence(hub, tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "urlopen", no_network)
     monkeypatch.setattr(sys, "argv", ["download", name, "--folder", str(tmp_path)])
     with pytest.raises(
-        SystemExit, match=r"^cs336-alignment: cannot fetch .* \(.*\); run the same command again to go on$"
+        SystemExit, match=r"^cs336-alignment: cannot fetch .* \(.*\); run the same command again to continue$"
     ):
         main()

@@ -28,8 +28,7 @@ class DpoConfig(TrainingConfig):
     batch_size: int = 64
     """Pairs per update."""
     beta: float = 0.1
-    """How strongly the policy is held to the reference: the implicit reward of a response is beta times the log-ratio
-    of its probabilities under the two."""
+    """How strongly the policy is held to the reference: a reward is beta times the log-ratio of their probabilities."""
     max_tokens: int | None = None
     """Leave out pairs in which a prompt with a response is longer than this. Default: the model's context."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-6, algorithm="rmsprop", microbatch_tokens=8192)

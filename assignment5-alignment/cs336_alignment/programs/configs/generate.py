@@ -21,8 +21,7 @@ class GenerateConfig:
     model: str = "Qwen/Qwen2.5-Math-1.5B"
     """The model: a Hugging Face folder, such as a checkpoint of a run, or a name on the hub."""
     prompt: str | None = "r1_zero"
-    """Template that questions are inserted into: the name of a built-in one, or the path of a file. None: the bare
-    question."""
+    """Template that questions are inserted into: the name of a built-in one, or a path. None: no template."""
     precision: Precision = "bfloat16"
     """Number format that the engine computes in."""
     sampling: SamplingParams = SamplingParams()

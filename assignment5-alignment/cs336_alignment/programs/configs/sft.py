@@ -37,8 +37,8 @@ class SftConfig(TrainingConfig):
     """Train on a random subset of this many examples. A smaller subset is contained in a larger one.
     Default: all of them."""
     only_correct: bool = False
-    """Leave out responses that do not receive the full reward. The data then needs the true answers, in the field
-    `ground_truth` or `answer`."""
+    """Leave out responses that do not receive the full reward.
+    The data then needs the true answers, in the field `ground_truth` or `answer`."""
     imitation: SftUpdateConfig = SftUpdateConfig()
     """How the policy is fine-tuned on responses."""
     optimizer: OptimizerConfig = OptimizerConfig(gradient_accumulation_steps=32)
