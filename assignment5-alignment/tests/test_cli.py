@@ -206,7 +206,7 @@ class TestPrograms:
         assert out.startswith(f"{tmp_path / 'fetched'}: ")
         assert f"--model {tmp_path / 'fetched'}\n" in out
         assert (tmp_path / "fetched" / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
-        assert "use it as it is" in fails(capsys, "fetch-model", model, "-o", model)
+        assert "use the model as it is" in fails(capsys, "fetch-model", model, "-o", model)
         assert "has no config.json" in fails(capsys, "fetch-model", tmp_path)
 
         fetched = []

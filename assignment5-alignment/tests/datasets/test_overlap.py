@@ -85,5 +85,5 @@ def test_training_on_shared_problems_is_refused():
 
 def test_a_long_problem_is_shown_from_its_end():
     long = "word " * 100 + "end?"
-    with pytest.raises(ValueError, match=r"such as '\.\.\.[word ]{190,200} end\?'; take"):
+    with pytest.raises(ValueError, match=r"such as '\.\.\.[word ]{190,200} end\?'; use"):
         check_no_overlap(examples(long), examples(long), allow=False)

@@ -30,7 +30,7 @@ def test_fetching_from_a_folder(folder, tmp_path):
 
 
 def test_folders_that_cannot_be_fetched(folder, tmp_path):
-    with pytest.raises(ValueError, match="is where the model would be copied to"):
+    with pytest.raises(ValueError, match="is also the destination"):
         fetch_model(str(folder), folder / ".." / folder.name)
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
         fetch_model(str(tmp_path), tmp_path / "fetched")

@@ -84,7 +84,7 @@ def test_a_save_that_fails_leaves_the_checkpoint_before(tmp_path, monkeypatch, m
         "model": (checkpoint, "save_model"),
         "optimizer": (checkpoint.torch, "save"),
         "state": (checkpoint.Path, "write_text"),
-        "sync": (checkpoint.os, "fsync"),
+        "sync": (os, "fsync"),
         "rename": (checkpoint.Path, "replace"),
     }[moment]
     monkeypatch.setattr(*where, full)
