@@ -1,4 +1,4 @@
-r"""What the grader gets right, compared with math-verify, and how fast it is: writes grading.json.
+r"""Accuracy and speed of the grader, compared with math-verify: writes grading.json.
 
     python -m experiments.grading --math-dir DIR [--out results/grading]
 
@@ -57,7 +57,7 @@ def solution_rows(problems: list[dict]) -> list[dict]:
 
 
 def all_pairs(answers: list[str]) -> list[Pair]:
-    """Variants of every answer but the empty ones, of which MATH's training half has two."""
+    """Make variants of every answer, except the empty ones, of which MATH's training set has two."""
     return [pair for answer in sorted(set(answers)) if answer for pair in pairs_from(answer)]
 
 
@@ -82,7 +82,7 @@ def summary(who: str, pairs: list[Pair], accepted: list[bool], seconds: float) -
 
 
 def every_pair_row(answers: list[str]) -> dict:
-    """All variants of all answers, the training half's too; those that are graded wrong are printed."""
+    """Grade all variants of all answers, including those of the training set, and print those graded wrongly."""
     pairs = all_pairs(answers)
     started = time.perf_counter()
     accepted = accepted_by_us(pairs, workers=available_cpus())
@@ -94,7 +94,7 @@ def every_pair_row(answers: list[str]) -> dict:
 
 
 def forget() -> None:
-    """Empty the caches of the fast path."""
+    """Clear the caches of the fast path."""
     quick._canonical.cache_clear()
     structure.parse.cache_clear()
 
@@ -105,7 +105,7 @@ def math_verify_accepts(pair: Pair) -> bool:
 
 
 def fast_path(pairs: list[tuple[str, str]], what: str) -> tuple[list[bool], dict]:
-    """Which (answer, truth) the fast path decides, and its rate: the median of five rounds with empty caches."""
+    """Find the pairs (answer, truth) that the fast path decides, and its rate: the median of five rounds, caches empty."""
     seconds = []
     for _ in range(5):
         forget()
@@ -154,7 +154,7 @@ def pair_rows(pairs: list[Pair]) -> list[dict]:
 
 
 def wrong_answer_row(answers: list[str]) -> dict:
-    """Every answer against another problem's, as most answers are that a policy gives at first."""
+    """Compare every answer with the answer to another problem, like most answers of an untrained policy."""
     others = random.Random(0).sample(answers, len(answers))
     return fast_path(list(zip(others, answers)), "answers against another problem's")[1]
 

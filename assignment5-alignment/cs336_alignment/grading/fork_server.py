@@ -95,11 +95,11 @@ class ForkServer:
     def _started(self) -> socket.socket:
         """Return the socket that the running process listens to."""
         if self._control is None or self._process is None or self._process.poll() is not None:
-            self._control, theirs = socket.socketpair()
-            with theirs:
+            self._control, child_end = socket.socketpair()
+            with child_end:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), json.dumps(sys.path)],
-                    pass_fds=[theirs.fileno()],
+                    [sys.executable, "-P", "-c", _PROGRAM, str(child_end.fileno()), json.dumps(sys.path)],
+                    pass_fds=[child_end.fileno()],
                     stdin=subprocess.DEVNULL,
                     start_new_session=True,  # so that Ctrl-C in a terminal reaches the parent only
                 )
@@ -114,13 +114,13 @@ class ForkServer:
         for _ in range(2):  # the server may have been killed in the meantime
             with self._lock:
                 control = self._started()
-                ours, theirs = socket.socketpair()
+                parent_end, child_end = socket.socketpair()
                 try:
-                    with theirs:
-                        socket.send_fds(control, [function.encode()], [theirs.fileno()])
-                    return Worker(ours)
+                    with child_end:
+                        socket.send_fds(control, [function.encode()], [child_end.fileno()])
+                    return Worker(parent_end)
                 except (OSError, EOFError):
-                    ours.close()
+                    parent_end.close()
                     self.stop()
         raise RuntimeError(f"{sys.executable} could not start the process that grades answers; see its message above")
 

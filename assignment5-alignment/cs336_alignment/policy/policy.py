@@ -31,7 +31,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class ResponseLogProbs:
-    """What a policy computes for a batch of examples, token by token."""
+    """Log-probabilities of a batch of responses, token by token."""
 
     log_probs: Float[Tensor, "batch seq"]
     mask: Bool[Tensor, "batch seq"]

@@ -46,7 +46,7 @@ class DemoResult:
 
 
 def run_demo(config: DemoConfig) -> DemoResult:
-    """Make problems and a model, let it imitate, reward it, and show what it has learned."""
+    """Make problems and a model, fine-tune it, train it with rewards, and show what it has learned."""
     console = Console(highlight=False, soft_wrap=True)
     run_dir = config.run_dir
     console.rule("[bold]Small sums, and a model that knows nothing")
@@ -103,7 +103,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
 
 def prepare(config: DemoConfig) -> None:
-    """Write the problems, the prompt and the random model, unless an earlier call has."""
+    """Write the problems, the prompt and the random model, unless an earlier call has written them."""
     data = config.run_dir / "data"
     finished = data / "config.json"
     settings = {"seed": config.seed, "sft_examples": config.sft_examples, "held_out": config.held_out}
@@ -132,7 +132,7 @@ def prepare(config: DemoConfig) -> None:
 
 
 def read_result(run_dir: Path) -> DemoResult:
-    """What the evaluations before the first and after the last update of GRPO say."""
+    """Read the accuracies and lengths before the first and after the last update of GRPO."""
     evaluations = [record for record in read_metrics(run_dir / "grpo" / "metrics.jsonl") if "eval/reward" in record]
     first, last = evaluations[0], evaluations[-1]
     return DemoResult(
@@ -141,7 +141,7 @@ def read_result(run_dir: Path) -> DemoResult:
 
 
 def show(config: DemoConfig, result: DemoResult, console: Console) -> None:
-    """Print the result, some responses before and after, and where everything is."""
+    """Print the result, some responses before and after GRPO, and where the files are."""
     run_dir = config.run_dir
     before, after = latest_checkpoint(run_dir / "sft"), latest_checkpoint(run_dir / "grpo")
     questions = load_examples(run_dir / "data" / "held_out.jsonl")[:4]
@@ -171,12 +171,12 @@ def show(config: DemoConfig, result: DemoResult, console: Console) -> None:
   the real one: make data-math (in the folder above), then on a GPU
                 .venv/bin/cs336-alignment fetch-model Qwen/Qwen2.5-Math-1.5B -o models/qwen
                 .venv/bin/cs336-alignment grpo --model models/qwen --gpu-memory-utilization 0.7
-Delete {escape(str(run_dir))} to train this one anew."""
+Delete {escape(str(run_dir))} to start again."""
     )
 
 
 def _responses(model: str, questions: list[str], seed: int) -> list[str]:
-    """What a model says to each question."""
+    """Let a model answer each question."""
     engine = make_engine("transformers", model, load_tokenizer(model), "cpu")
     params = SamplingParams(max_tokens=32, stop=("</answer>",), seed=seed)
     prompts = [PROMPT.replace("{question}", question) for question in questions]

@@ -18,10 +18,10 @@ class Rollout:
 
     example: Example
     prompt: str
-    """What the model was given: the question in its template."""
+    """The text that the model was given: the question in its template."""
     completion: Completion
     rewards: dict[str, float]
-    """What the reward function returned. Empty if there is no answer to compare with."""
+    """The dictionary from the reward function. Empty if there is no answer to compare with."""
 
     @property
     def correct(self) -> bool:

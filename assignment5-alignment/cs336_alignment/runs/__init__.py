@@ -1,1 +1,1 @@
-"""What all training runs share: options, resuming, checkpoints, metrics, and the order of the data."""
+"""Parts that all training runs share: options, resuming, checkpoints, metrics, and the order of the data."""

@@ -70,10 +70,8 @@ def save_checkpoint(
             "then run the same command again: earlier checkpoints are untouched"
         ) from error
     for old in checkpoints(run_dir)[:-keep]:
-        doomed = old.rename(
-            old.with_name(old.name + ".tmp")
-        )  # so that a half-deleted one does not count as a checkpoint
-        shutil.rmtree(doomed)
+        # Renamed first, so that a half-deleted folder does not count as a checkpoint
+        shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))
     return final
 
 

@@ -1,4 +1,4 @@
-"""What all training programs do around their steps: open the run folder, resume, save checkpoints, stop on Ctrl-C.
+"""The frame of every training program: open the run folder, resume, save checkpoints, stop on Ctrl-C.
 
 A run folder holds `config.json`, `metrics.jsonl`, `generations/` and `checkpoints/`. Running the same command on an
 existing folder resumes the run.

@@ -9,12 +9,12 @@ Aggregation = Literal["masked_mean", "masked_normalize", "token_mean"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the name of a loss stands for. Options of `grpo` can override the last four fields."""
+    """The choices that the name of a loss stands for. Options of `grpo` can override the last four fields."""
 
     token_loss: Literal["reinforce", "clip", "no_clip"]
     """The loss of a token."""
     weight: Literal["raw_rewards", "advantages"]
-    """What multiplies it: the reward of the response, or by how much that exceeds the mean of its group."""
+    """Its weight: the reward of the response, or by how much that exceeds the mean of its group."""
     normalize_by_std: bool = True
     """Whether advantages are divided by the standard deviation of their group."""
     aggregation: Aggregation = "masked_mean"

@@ -144,6 +144,6 @@ def test_numbers_are_written_short(tmp_path, value, text):
 
 
 @pytest.mark.parametrize("value", ["many", True, [1], float("nan"), float("inf"), "nan", 10**400])
-def test_what_is_no_number(tmp_path, value):
+def test_values_that_are_not_numbers(tmp_path, value):
     with pytest.raises(ValueError, match=r"line 1: field 'a' is .*, but must be a number"):
         row(tmp_path, a=value).number_text("a")

@@ -37,7 +37,7 @@ def test_every_stage_leaves_its_files(config, capsys):
     assert "What to run next" in out
 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
-    assert demo.run_demo(config) == result  # complete: nothing is trained anew
+    assert demo.run_demo(config) == result  # complete: nothing is trained again
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
 

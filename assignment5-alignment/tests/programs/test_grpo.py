@@ -166,7 +166,7 @@ def test_on_policy_clipping_is_reinforce_with_a_baseline(config, task, tmp_path)
     assert clipped["train/clip_fraction"] == 0
 
 
-def test_off_policy_updates_have_old_log_probs_of_before(config, task, monkeypatch):
+def test_off_policy_updates_use_log_probs_from_before_the_first_update(config, task, monkeypatch):
     seen = []
     frozen, loss = policy.Policy.log_probs_no_grad, grpo.policy_gradient_loss
 
@@ -279,7 +279,7 @@ def test_dapo_draws_other_questions_for_groups_of_one_reward(config, task, say):
     assert record["train/skipped"] == 0
 
 
-def test_empty_responses_are_no_harm(config, task, say):
+def test_empty_responses_do_no_harm(config, task, say):
     say(lambda prompt, sample: "ab" * sample)
     train_grpo(replace(config, loss_type="grpo_clip", evaluation=task.evaluation(eval_data=None)))
     for record in train_records(config.run_dir):
@@ -327,7 +327,7 @@ def test_tokens_are_the_engines_not_those_of_its_text(config, task, say, monkeyp
     assert {row.response for row in rows} == {(7, 7, 8, 9 + sample) for sample in range(4)}
 
 
-def test_a_loss_that_is_no_number_saves_its_batch(config, task, say):
+def test_a_loss_of_nan_saves_its_batch(config, task, say):
     say(lambda prompt, sample: "ab" * sample + "c")
     optimizer = OptimizerConfig(lr=1e30, gradient_accumulation_steps=4)
     with pytest.raises(

@@ -96,7 +96,7 @@ class GrpoConfig(TrainingConfig):
 
     @property
     def recipe(self) -> Recipe:
-        """What the loss type stands for, with the choices that this configuration overrides."""
+        """The recipe of the loss type, with the choices that this configuration overrides."""
         named = RECIPES[self.loss_type]
         return replace(
             named,
