@@ -105,7 +105,7 @@ def math_verify_accepts(pair: Pair) -> bool:
 
 
 def fast_path(pairs: list[tuple[str, str]], what: str) -> tuple[list[bool], dict]:
-    """Find the pairs (answer, truth) that the fast path decides, and its rate: the median of five rounds, caches empty."""
+    """Find the pairs (answer, truth) that the fast path decides, and its rate: the median of five cold rounds."""
     seconds = []
     for _ in range(5):
         forget()

@@ -54,12 +54,17 @@ def train_grpo(config: GrpoConfig) -> dict[str, float]:
         if run.start == 0:
             validator.validate_if_due(0, config.n_grpo_steps, update=0)
         for step in run.steps(config.n_grpo_steps):
+            # Sample groups of responses with the current weights, and grade them
             update = (step - 1) * config.updates_per_step
             worker.sync_weights(run.policy, update)
             groups, kept = sample_groups(config, run, worker, examples)
             worker.sleep()
-            samples = make_samples(config, run, reference, [rollout for group in kept for rollout in group])
             outcome = {"grpo_step": step, **summarize_groups(groups)}
+
+            # Compare the rewards within each group
+            samples = make_samples(config, run, reference, [rollout for group in kept for rollout in group])
+
+            # Update the policy with the responses
             for indices in update_batches(config, len(samples), step):
                 update += 1
                 batch = [samples[index] for index in indices]
