@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.advantages import compute_group_normalized_rewards
-from cs336_alignment.log_probs import compute_entropy, get_response_log_probs
-from cs336_alignment.losses import (
-    LossType,
+from cs336_alignment.tensors.advantages import compute_group_normalized_rewards
+from cs336_alignment.tensors.log_probs import compute_entropy, get_response_log_probs
+from cs336_alignment.tensors.losses import (
     compute_grpo_clip_loss,
     compute_naive_policy_gradient_loss,
     compute_policy_gradient_loss,
 )
-from cs336_alignment.masked import masked_mean, masked_normalize
-from cs336_alignment.microbatch import grpo_microbatch_train_step, sft_microbatch_train_step
-from cs336_alignment.tokenization import tokenize_prompt_and_output
+from cs336_alignment.tensors.masked import masked_mean, masked_normalize
+from cs336_alignment.tensors.microbatch import grpo_microbatch_train_step, sft_microbatch_train_step
+from cs336_alignment.tensors.recipes import LossType
+from cs336_alignment.tensors.tokenization import tokenize_prompt_and_output
 
 
 def run_tokenize_prompt_and_output(
@@ -116,25 +116,25 @@ def run_grpo_microbatch_train_step(
 def get_packed_sft_dataset(
     tokenizer: PreTrainedTokenizerBase, dataset_path: str | os.PathLike[str], seq_length: int, shuffle: bool
 ) -> Dataset:
-    from cs336_alignment.datasets import PackedSftDataset
+    from cs336_alignment.datasets.packing import PackedSftDataset
 
     return PackedSftDataset(tokenizer, Path(dataset_path), seq_length, shuffle)
 
 
 def run_iterate_batches(dataset: Dataset, batch_size: int, shuffle: bool) -> Iterable[dict[str, Tensor]]:
-    from cs336_alignment.datasets import iterate_batches
+    from cs336_alignment.datasets.packing import iterate_batches
 
     return iterate_batches(dataset, batch_size, shuffle)
 
 
 def run_parse_mmlu_response(mmlu_example: dict[str, Any], model_output: str) -> str | None:
-    from cs336_alignment.datasets import parse_mmlu_response
+    from cs336_alignment.datasets.parsing import parse_mmlu_response
 
     return parse_mmlu_response(mmlu_example, model_output)
 
 
 def run_parse_gsm8k_response(model_output: str) -> str | None:
-    from cs336_alignment.datasets import parse_gsm8k_response
+    from cs336_alignment.datasets.parsing import parse_gsm8k_response
 
     return parse_gsm8k_response(model_output)
 
@@ -148,6 +148,6 @@ def run_compute_per_instance_dpo_loss(
     response_chosen: str,
     response_rejected: str,
 ) -> Tensor:
-    from cs336_alignment.dpo_loss import compute_per_instance_dpo_loss
+    from cs336_alignment.tensors.dpo_loss import compute_per_instance_dpo_loss
 
     return compute_per_instance_dpo_loss(lm, lm_ref, tokenizer, beta, prompt, response_chosen, response_rejected)

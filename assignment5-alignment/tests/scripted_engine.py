@@ -1,6 +1,6 @@
 """An engine that says what it is told to, and remembers what it was asked."""
 
-from cs336_alignment.engines.base import Completion
+from cs336_alignment.rollouts.engines.base import Completion
 
 
 class ScriptedEngine:
@@ -24,7 +24,7 @@ class ScriptedEngine:
         token_ids = tuple(self.tokenizer(text)["input_ids"])
         return Completion(text, token_ids, (-1.0,) * len(token_ids), "length" if text.endswith("…") else "stop")
 
-    def load_policy(self, state_dict):
+    def load_weights(self, state_dict):
         self.weights.append({name: weight.clone() for name, weight in state_dict.items()})
 
     def sleep(self):
@@ -39,5 +39,5 @@ class ScriptedEngine:
 
 def use(engine, monkeypatch):
     """Let programs find this engine whatever they ask for."""
-    monkeypatch.setattr("cs336_alignment.rollouts.make_engine", lambda *_, **__: engine)
+    monkeypatch.setattr("cs336_alignment.rollouts.worker.make_engine", lambda *_, **__: engine)
     return engine

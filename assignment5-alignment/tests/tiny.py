@@ -1,4 +1,4 @@
-"""A tokenizer and a language model small enough to make anew in each test."""
+"""A tokenizer and a language model small enough to be made in each test."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -4,9 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cs336_alignment.evaluator import EvaluationConfig
-from cs336_alignment.pretrained import make_tiny_model
-from cs336_alignment.rollouts import EngineConfig, RolloutConfig
+from cs336_alignment.policy.tiny_model import make_tiny_model
+from cs336_alignment.rollouts.config import EngineConfig, EvaluationConfig, RolloutConfig
 
 #: Numbers whose sums with 1 are asked for.
 TRAIN, TEST = range(40), range(100, 116)
@@ -38,7 +37,7 @@ class TinyTask:
     def common(self) -> dict:
         """What all training programs are told."""
         return {
-            "run": self.folder / "run",
+            "run_dir": self.folder / "run",
             "model": str(self.folder / "model"),
             "device": "cpu",
             "precision": "float32",

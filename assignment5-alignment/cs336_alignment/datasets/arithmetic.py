@@ -1,12 +1,11 @@
-"""A synthetic task: small sums with their working, as many as one likes, for a model that is trained in minutes.
+"""A synthetic task for a model that is trained in minutes: an unlimited number of small sums with their working.
 
-A question is a chain such as `5+1-2+3`, in which every intermediate result is a single digit. Its working is those
-results, `6 4 7`, and its answer the last of them. A small model learns each step of the working with ease, and finds
-the answer at once very hard. So one that imitates responses of which only some show their working has something to find
-out by reinforcement learning.
+A question is a chain such as `5+1-2+3`, in which every intermediate result is a single digit. Its working is the list
+of these results, `6 4 7`, and its answer is the last one. A small model easily learns each step of the working, but
+hardly ever finds the answer straight away. A model that imitates responses of which only some show their working
+therefore has something to discover by reinforcement learning.
 
-Whether a problem is for training or held out follows from its text alone, so that no choice of seeds and counts can
-mix the two.
+Whether a problem is for training or held out depends on its text alone, so no choice of seeds and counts can mix them.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from cs336_alignment.example import Example
+from cs336_alignment.datasets.example import Example
 
 Split = Literal["train", "held_out"]
 
@@ -28,13 +27,13 @@ def make_problems(count: int, seed: int, *, split: Split = "train", steps: int =
     """Draw distinct problems.
 
     Args:
-        count: how many.
-        seed: fixes the draws.
-        split: an eighth of all problems is held out, whatever the other arguments.
-        steps: additions and subtractions in a problem, each of 1 to `LARGEST_STEP`.
+        count: number of problems.
+        seed: seed of the random choices.
+        split: which problems; an eighth of all problems is held out, independently of the other arguments.
+        steps: number of additions and subtractions in a problem, each by 1 to `LARGEST_STEP`.
 
     Raises:
-        ValueError: an argument makes no sense, or there are fewer problems of this kind than asked for.
+        ValueError: `steps` is below 1, or there are fewer problems of this kind than asked for.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, but a problem has at least 1")
@@ -63,7 +62,7 @@ def make_problems(count: int, seed: int, *, split: Split = "train", steps: int =
 
 
 def _draw(draws: random.Random, steps: int) -> tuple[str, list[int]]:
-    """A question and the result of each of its steps."""
+    """Make a question, and the result of each of its steps."""
     value = draws.randrange(10)
     question, results = str(value), []
     for _ in range(steps):
@@ -76,19 +75,19 @@ def _draw(draws: random.Random, steps: int) -> tuple[str, list[int]]:
 
 
 def split_of(question: str) -> Split:
-    """Which part a problem belongs to: a matter of its text, so that it is the same in every run and everywhere."""
+    """Return the split that a problem belongs to. It depends on the text alone, so it is the same in every run."""
     digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
     return "held_out" if int.from_bytes(digest, "big") % _HELD_OUT_ONE_IN == 0 else "train"
 
 
 def r1_response(problem: Example, worked: bool = True) -> str:
-    """What a model should write after `<think>`: the working or nothing, then the answer, in R1-Zero's tags."""
+    """Write a correct continuation of `<think>`: the working if asked for, then the answer, in R1-Zero's tags."""
     working = f" {problem.solution}" if worked else ""
     return f"{working} </think> <answer> {problem.answer} </answer>"
 
 
 def save_problems(problems: Sequence[Example], path: Path) -> None:
-    """Write problems as JSON lines, which `load_examples` reads back."""
+    """Write problems as JSON lines that `load_examples` can read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"question": problem.prompt, "trace": problem.solution, "answer": problem.answer, "id": problem.id}

@@ -1,35 +1,36 @@
-"""Fetch public data sets: `python -m cs336_alignment.datasets.download math`.
+"""Downloading public data sets: `python -m cs336_alignment.datasets.download math`.
 
-What the Hugging Face Hub has as JSON, CSV or an archive comes as a file. Where it has Parquet only, the rows come
-through the Hub's viewer, as JSON, and are written as JSON lines, so that nothing here needs a reader of Parquet.
+Data sets that the Hugging Face hub has as JSON, CSV or an archive are downloaded as files. If it has only Parquet, the
+rows are read from the hub's viewer, as JSON, and written as JSON lines, so that no Parquet reader is needed.
 """
 
-import argparse
 import json
 import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
+import tyro
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
+from tyro.conf import Positional
 
 from cs336_alignment.datasets.examples import load_examples
 from cs336_alignment.datasets.overlap import find_overlap
 from cs336_alignment.datasets.preferences import HH_SUBSETS, load_preferences
 
 _VIEWER = "https://datasets-server.huggingface.co/rows"
-_ROWS_AT_ONCE = 100  # the most that the viewer gives
+_ROWS_AT_ONCE = 100  # maximum of the viewer
 _TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files of a data set on the Hub."""
+    """Files of a data set on the hub."""
 
     repository: str
     names: tuple[str, ...]
@@ -37,7 +38,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a data set on the Hub: those of all parts, in one file for each split."""
+    """Rows of a data set on the hub: those of all parts, in one file for each split."""
 
     repository: str
     parts: tuple[str, ...]
@@ -49,7 +50,8 @@ _MATH_SUBJECTS = (
     "precalculus",
 )  # fmt: skip
 
-SOURCES: dict[str, Files | Rows] = {
+Name = Literal["math", "gsm8k", "svamp", "mmlu", "hh", "alpaca-eval", "simple-safety-tests"]
+SOURCES: dict[Name, Files | Rows] = {
     "math": Rows("EleutherAI/hendrycks_math", _MATH_SUBJECTS, ("train", "test")),
     "gsm8k": Rows("openai/gsm8k", ("main",), ("train", "test")),
     "svamp": Rows("ChilleD/SVAMP", ("default",), ("train", "test")),
@@ -63,14 +65,24 @@ SOURCES: dict[str, Files | Rows] = {
 }
 
 
-def download(name: str, folder: Path) -> list[Path]:
-    """Fetch a data set into `folder`; what is there already is left alone.
+@dataclass(frozen=True)
+class Options:
+    """Download a public data set for evaluation or training."""
+
+    name: Positional[Name]
+    """Name of the data set."""
+    folder: Path | None = None
+    """Folder to write to. Default: data/NAME."""
+
+
+def download(name: Name, folder: Path) -> list[Path]:
+    """Download a data set into `folder`. Files that are there already are left alone.
 
     Returns:
-        The files, and the folder of an archive's files, as the loaders of this package take them.
+        The files, or the folder of an archive's files, as the loaders of this package expect them.
 
     Raises:
-        ConnectionError: the Hub cannot be reached, or lacks something; running it again fetches the rest.
+        ConnectionError: the hub cannot be reached, or lacks something. Running it again downloads the rest.
         tarfile.TarError: an archive is damaged.
     """
     source = SOURCES[name]
@@ -103,12 +115,12 @@ def _fetch_file(repository: str, file: str, folder: Path) -> Path:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Write the files of an archive under `folder`. (`extractall` is safe from Python 3.11.4 on only.)"""
+    """Write the files of an archive under `folder`. (`extractall` is safe only from Python 3.11.4 on.)"""
     with tarfile.open(path) as archive:
         for member in archive:
             target = (folder / member.name).resolve()
             if not target.is_relative_to(folder.resolve()):
-                raise tarfile.TarError(f"{path} is refused: its entry {member.name} leads out of the folder")
+                raise tarfile.TarError(f"{path} is refused, because its entry {member.name} lies outside the folder")
             if content := archive.extractfile(member) if member.isfile() else None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with content, open(target, "wb") as file:
@@ -128,7 +140,7 @@ def _fetch_rows(source: Rows, split: str, path: Path) -> Path:
 
 
 def _view(repository: str, part: str, split: str) -> Iterator[dict[str, Any]]:
-    """All rows of a part's split, page by page."""
+    """Yield all rows of a split of a part, page by page."""
     what = f"{part}/{split} of {repository}"
     offset, total = 0, 1
     while offset < total:
@@ -149,7 +161,7 @@ def _view(repository: str, part: str, split: str) -> Iterator[dict[str, Any]]:
 
 
 def _leave_out_shared(train: Path, test: Path) -> None:
-    """Take the few problems out of MATH's training file that its authors have in the test file too."""
+    """Remove the few problems from MATH's training file that are also in its test file."""
     shared = set(find_overlap(load_examples(train, "math"), load_examples(test, "math")))
     if shared:
         lines = train.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -158,30 +170,27 @@ def _leave_out_shared(train: Path, test: Path) -> None:
             "".join(line for index, line in enumerate(lines) if index not in shared), encoding="utf-8"
         )
         unfinished.replace(train)
-        print(f"{train}: {len(shared)} problems left out that {test.name} has too")
+        print(f"{train}: left out {len(shared)} problems that are also in {test.name}")
 
 
 def _unreachable(what: str, error: Exception) -> ConnectionError:
     reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-    return ConnectionError(f"cannot fetch {what} ({reason}); run the same command again to go on")
+    return ConnectionError(f"cannot fetch {what} ({reason}); run the same command again to continue")
 
 
 def _summary(name: str, path: Path) -> str:
     if name == "hh":
         pairs, left_out = load_preferences(path)
-        return f"{len(pairs):,} pairs of one turn; {left_out.total():,} others are left out when it is read"
+        return f"{len(pairs):,} pairs of one turn; {left_out.total():,} others are left out when the file is read"
     return f"{len(load_examples(path)):,} examples"
 
 
 def main() -> None:
-    """Fetch a data set and say what there is."""
-    parser = argparse.ArgumentParser(description="Fetch public data sets for evaluation and training.")
-    parser.add_argument("name", choices=sorted(SOURCES))
-    parser.add_argument("--folder", type=Path, help="where to; default: data/NAME")
-    arguments = parser.parse_args()
+    """Download a data set and print what is in it."""
+    options = tyro.cli(Options, prog="python -m cs336_alignment.datasets.download")
     try:
-        for path in download(arguments.name, arguments.folder or Path("data") / arguments.name):
-            print(f"{path}: {_summary(arguments.name, path)}")
+        for path in download(options.name, options.folder or Path("data") / options.name):
+            print(f"{path}: {_summary(options.name, path)}")
     except (ConnectionError, ValueError, tarfile.TarError) as error:
         raise SystemExit(f"cs336-alignment: {error}") from None
 

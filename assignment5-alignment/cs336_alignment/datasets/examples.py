@@ -1,12 +1,12 @@
-"""Questions with reference answers, of every data set that is evaluated or trained on, as one type."""
+"""Reading questions with reference answers: every data set becomes a list of one type, `Example`."""
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cs336_alignment.datasets.example import Example
 from cs336_alignment.datasets.rows import Row, first_line, is_csv, read_csv_rows, read_json_rows
-from cs336_alignment.example import Example
 from cs336_alignment.grading.extract import extract_boxed
 
 _LETTERS = ("A", "B", "C", "D")
@@ -18,18 +18,18 @@ def load_examples(path: Path, kind: str | None = None) -> list[Example]:
 
     Args:
         path: the file; for MMLU also a folder, all of whose CSV files are read.
-        kind: which data set it is, one of `KINDS`. Default: what the fields of its first row say.
+        kind: name of the data set, one of `KINDS`. Default: decided by the fields of the first row.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a row lacks a field or has a wrong one, the file is broken or empty, or its kind is not known.
+        ValueError: a row lacks a field or has a wrong one, the file is broken or empty, or the data set is not known.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"there is no kind of data set {kind!r}; choose one of {', '.join(KINDS)}")
     if path.is_dir():
         files = sorted(file for file in path.rglob("[!.]*") if is_csv(file))
         if not files:
-            raise ValueError(f"folder {path} has no CSV files, as MMLU has them; give the path of a file")
+            raise ValueError(f"folder {path} has no CSV files, which MMLU consists of; give the path of a file")
         return [example for file in files for example in load_examples(file, kind or "mmlu")]
     rows = _read_rows(path, kind)
     form = KINDS[kind or _detect(rows[0])]
@@ -39,14 +39,14 @@ def load_examples(path: Path, kind: str | None = None) -> list[Example]:
 @dataclass(frozen=True)
 class _Kind:
     fields: tuple[str, ...]
-    """What tells its rows from other data sets'."""
+    """Fields that distinguish its rows from those of other data sets."""
     convert: Callable[[Row], Example]
 
 
 def _read_rows(path: Path, kind: str | None) -> list[Row]:
     if not is_csv(path):
         return read_json_rows(path)
-    if kind is None:  # MMLU's files are the ones without a line of names
+    if kind is None:  # MMLU's files are those without a header
         kind = "simple_safety_tests" if "harm_area" in first_line(path) else "mmlu"
     return read_csv_rows(path, _MMLU_COLUMNS if kind == "mmlu" else None)
 
@@ -56,12 +56,12 @@ def _detect(row: Row) -> str:
         if all(field in row for field in kind.fields):
             return name
     known = "; ".join(f"{name} has {', '.join(kind.fields)}" for name, kind in KINDS.items())
-    raise ValueError(f"{row.place}: fields {', '.join(row.fields)} are of no data set known here ({known})")
+    raise ValueError(f"{row.place}: fields {', '.join(row.fields)} belong to no known data set ({known})")
 
 
 def _math(row: Row) -> Example:
     solution = row.text("solution")
-    # The files of the authors have the answer in the solution only. Two training problems box nothing.
+    # In the authors' files the answer is in the solution only. Two training problems have an empty box.
     answer = row.text("answer", may_be_empty=True) if "answer" in row else extract_boxed(solution)
     if answer is None:
         raise row.wrong("solution", r"has no \boxed{} answer, and there is no field 'answer'")
@@ -108,7 +108,7 @@ def _mmlu(row: Row) -> Example:
 
 
 def _alpaca_eval(row: Row) -> Example:
-    # Its "output" is another model's, to be compared with, and no right answer.
+    # Its "output" is a response of another model, for comparison, not a correct answer.
     return Example(row.text("instruction"), "", subject=_either(row, "dataset"), id=_id(row))
 
 
@@ -123,7 +123,7 @@ def _arithmetic(row: Row) -> Example:
     )
 
 
-#: The data sets that `load_examples` reads, in the order in which it tells them apart.
+#: The data sets that `load_examples` reads, in the order in which it tries them.
 KINDS: dict[str, _Kind] = {
     "math": _Kind(("problem", "solution"), _math),
     "svamp": _Kind(("Body", "Question", "Answer"), _svamp),
@@ -138,7 +138,7 @@ KINDS: dict[str, _Kind] = {
 
 
 def _either(row: Row, *names: str) -> str | None:
-    """The first of these fields that the row has."""
+    """Return the first of these fields that the row has."""
     return next((row.text(name) for name in names if name in row), None)
 
 

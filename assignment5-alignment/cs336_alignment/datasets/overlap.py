@@ -1,31 +1,31 @@
-"""Whether problems of an evaluation are among those of training."""
+"""Finding problems of an evaluation in training data."""
 
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from cs336_alignment.datasets.demonstrations import Demonstration
+from cs336_alignment.datasets.example import Example
 from cs336_alignment.datasets.preferences import PreferencePair
-from cs336_alignment.datasets.sft import SftExample
-from cs336_alignment.example import Example
 
-#: What has a question as its prompt, bare or inside a template.
-HasPrompt = Example | SftExample | PreferencePair
+#: Types that have a question as their prompt, bare or inside a template.
+HasPrompt = Example | Demonstration | PreferencePair
 
 
 def check_no_overlap(train: Sequence[HasPrompt], evaluation: Sequence[HasPrompt], allow: bool) -> int:
     """Refuse to train on problems that the model will be evaluated on.
 
     Args:
-        train: what is trained on.
-        evaluation: what is evaluated on.
-        allow: only count them.
+        train: the training data.
+        evaluation: the evaluation data.
+        allow: count the shared problems instead of refusing.
 
     Returns:
-        How many training rows have a problem of the evaluation.
+        The number of training rows that contain a problem of the evaluation.
 
     Raises:
-        ValueError: there are some, and `allow` is false.
+        ValueError: there are such rows, and `allow` is False.
     """
     shared = find_overlap(train, evaluation)
     if shared and not allow:
@@ -33,17 +33,17 @@ def check_no_overlap(train: Sequence[HasPrompt], evaluation: Sequence[HasPrompt]
         raise ValueError(
             f"{len(shared)} of {len(train)} training rows have a problem of the evaluation in them, such as "
             f"{example if len(example) <= 200 else '...' + example[-197:]!r}; "
-            "take other data, or train on them all the same with --allow-overlap"
+            "use other data, or train on them anyway with --allow-overlap"
         )
     return len(shared)
 
 
 def find_overlap(train: Sequence[HasPrompt], evaluation: Sequence[HasPrompt]) -> list[int]:
-    """Indices of the training rows that have a problem of the evaluation in them.
+    """Find the training rows that contain a problem of the evaluation, and return their indices.
 
-    A problem counts as found if its lines stand among those of the training prompt, one after the other, each the same
-    but for capitals, spaces, Unicode variants and code fences. What stands before it in its first line, as templates
-    have it (`User: `), does not matter.
+    A row contains a problem if the problem's lines appear in the row's prompt in sequence. Capitals, spaces, Unicode
+    variants and code fences are ignored, and so is text before the problem in its first line, such as a template's
+    `User: `.
     """
     problems_by_first_line: dict[str, list[list[str]]] = defaultdict(list)
     for example in evaluation:
@@ -69,13 +69,13 @@ def _lines(text: str) -> list[str]:
 
 
 def _endings(line: str) -> Iterator[str]:
-    """The line, and what follows each colon in it."""
+    """Yield the line, and the rest of the line after each colon."""
     yield line
     for colon in re.finditer(r":\s", line):
         yield line[colon.end() :]
 
 
 def _normalise(line: str) -> str:
-    """Without capitals, Unicode variants, fences, and spaces other than between words."""
+    """Remove capitals, Unicode variants, code fences, and spaces other than those between words."""
     words = unicodedata.normalize("NFKC", line).casefold().strip("` \t").split()
     return re.sub(r" (?!\w)|(?<!\w) ", "", " ".join(words))

@@ -1,4 +1,4 @@
-"""Instruction data as one stream of tokens, cut into chunks of one length: no padding, nothing to mask."""
+"""Packing: instruction data as one stream of tokens, cut into sequences of equal length, without padding or masks."""
 
 import random
 from pathlib import Path
@@ -9,30 +9,30 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from cs336_alignment.datasets.sft import load_sft
-from cs336_alignment.prompts import load_prompt
+from cs336_alignment.datasets.demonstrations import load_demonstrations
+from cs336_alignment.prompts.templates import load_prompt
 
 _DOCUMENTS_AT_ONCE = 1024  # enough to keep the tokenizer's threads busy
 
 
 class PackedSftDataset(Dataset[dict[str, Tensor]]):
-    """Non-overlapping chunks of all documents of a file, one after the other.
+    """Non-overlapping sequences of tokens from the documents of a file, which are concatenated.
 
-    A document is a prompt with its response in the Alpaca template (Taori et al. 2023), after the tokenizer's
-    beginning-of-sequence token and before its end-of-sequence token. A tokenizer that has no beginning of sequence, as
-    Qwen's, gets none: the end of the document before separates it. The tokens at the end that fill no chunk are
+    A document is a prompt with its response in the Alpaca template (Taori et al. 2023), between the tokenizer's
+    beginning-of-sequence and end-of-sequence tokens. If the tokenizer has no beginning-of-sequence token, such as
+    Qwen's, the end of the previous document separates the two. Tokens at the end that do not fill a sequence are
     dropped.
 
     Args:
-        tokenizer: makes the tokens; whether it adds special tokens by itself does not matter.
-        dataset_path: JSON lines, see `load_sft`.
-        seq_length: tokens in a chunk.
-        shuffle: put the documents into a random order first.
-        seed: fixes that order.
+        tokenizer: its own settings for adding special tokens are ignored.
+        dataset_path: JSON lines, see `load_demonstrations`.
+        seq_length: tokens per sequence.
+        shuffle: shuffle the documents first.
+        seed: seed of that order.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not what it should be, or too short for one chunk; or the tokenizer has no
+        ValueError: the file is malformed, or too short for one sequence; or the tokenizer has no
             end-of-sequence token.
     """
 
@@ -47,7 +47,7 @@ class PackedSftDataset(Dataset[dict[str, Tensor]]):
         if seq_length < 1:
             raise ValueError(f"seq_length is {seq_length}, but must be at least 1")
         template = load_prompt("alpaca_sft")
-        texts = [template.render(row.prompt, response=row.response) for row in load_sft(Path(dataset_path))]
+        texts = [template.render(row.prompt, response=row.response) for row in load_demonstrations(Path(dataset_path))]
         if shuffle:
             random.Random(seed).shuffle(texts)
         self._tokens = _encode_documents(tokenizer, texts)
@@ -58,10 +58,10 @@ class PackedSftDataset(Dataset[dict[str, Tensor]]):
             )
 
     def __len__(self) -> int:
-        return (len(self._tokens) - 1) // self._seq_length  # the last label lies one token after its chunk
+        return (len(self._tokens) - 1) // self._seq_length  # the last label is one token after its sequence
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """`input_ids` and the next tokens, `labels`: each int64 of shape [seq_length]."""
+        """Return `input_ids` and `labels`, the next tokens, both int64 of shape [seq_length]."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"chunk {index} of {len(self)}")
         start = index % len(self) * self._seq_length
@@ -72,13 +72,13 @@ class PackedSftDataset(Dataset[dict[str, Tensor]]):
 def iterate_batches(
     dataset: Dataset[dict[str, Tensor]], batch_size: int, shuffle: bool, generator: torch.Generator | None = None
 ) -> DataLoader[dict[str, Tensor]]:
-    """An epoch of batches, `input_ids` and `labels` of shape [batch seq]; the last may be short.
+    """Iterate over one epoch of batches, `input_ids` and `labels` of shape [batch seq]. The last may be short.
 
     Args:
-        dataset: the chunks.
-        batch_size: chunks in a batch.
-        shuffle: draw them in random order, another one in every epoch.
-        generator: fixes that order. Default: the global one of PyTorch.
+        dataset: the sequences.
+        batch_size: sequences per batch.
+        shuffle: use a random order, which differs in every epoch.
+        generator: for that order. Default: PyTorch's global generator.
     """
     return DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, generator=generator)
 
@@ -90,7 +90,7 @@ def _encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> I
     end = [tokenizer.eos_token_id]
     parts = []
     for start in range(0, len(texts), _DOCUMENTS_AT_ONCE):
-        # Some tokenizers would add their special tokens to each text, others not: here none does.
+        # Some tokenizers add special tokens to each text and others do not. Here none does.
         encoded = tokenizer(texts[start : start + _DOCUMENTS_AT_ONCE], add_special_tokens=False)["input_ids"]
         ids = [token for document in encoded for token in (*begin, *document, *end)]
         parts.append(torch.tensor(ids, dtype=torch.int32))  # half of int64; vocabularies are far below 2^31

@@ -1,12 +1,12 @@
-"""Pairs of responses of which people preferred one."""
+"""Preference pairs: two responses to a prompt, of which people preferred one."""
 
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from cs336_alignment.datasets.demonstrations import instruction_with_input
 from cs336_alignment.datasets.rows import Row, read_json_rows
-from cs336_alignment.datasets.sft import instruction_with_input
 
 #: The parts of Anthropic's data that the course uses.
 HH_SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")
@@ -26,12 +26,12 @@ class PreferencePair:
 def load_preferences(path: Path) -> tuple[list[PreferencePair], Counter[str]]:
     """Read JSON lines of preference pairs, also gzipped (`.gz`), and keep those with one request and one reply.
 
-    Three forms of rows are known: Anthropic's, where `chosen` and `rejected` are whole dialogues of "Human:" and
-    "Assistant:" (Bai et al. 2022); `conversations` with the replies `chosen` and `rejected`, each turn a `from` and a
-    `value`; and `instruction` (with `input`) or `prompt`, `chosen` (or `output`) and `rejected`.
+    A row may have one of three forms: Anthropic's, in which `chosen` and `rejected` are whole dialogues of "Human:" and
+    "Assistant:" (Bai et al. 2022); `conversations` with the replies `chosen` and `rejected`, in which each turn has a
+    `from` and a `value`; or `instruction` (with `input`) or `prompt`, `chosen` (or `output`) and `rejected`.
 
     Returns:
-        The pairs, and how many were left out, by the reason.
+        The pairs, and the numbers of rows that were left out, by reason.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -56,7 +56,7 @@ def load_preferences(path: Path) -> tuple[list[PreferencePair], Counter[str]]:
 
 
 def _pair(row: Row) -> PreferencePair | str:
-    """The pair in a row, or why it has none."""
+    """Return the pair in a row, or the reason for leaving the row out."""
     if "conversations" in row:
         return _from_conversation(row)
     if "instruction" in row:
@@ -73,7 +73,7 @@ def _from_dialogues(row: Row) -> PreferencePair | str:
     for name in ("chosen", "rejected"):
         start, *turns = _TURN.split(row.text(name))
         if start.strip() or not turns:
-            raise row.wrong(name, "is no dialogue: it must begin with '\\n\\nHuman:'")
+            raise row.wrong(name, "is not a dialogue; it must begin with '\\n\\nHuman:'")
         if turns[::2] != ["Human", "Assistant"]:
             return "more than one turn each"
         exchanges.append([text.strip() for text in turns[1::2]])
@@ -95,7 +95,7 @@ def _from_conversation(row: Row) -> PreferencePair | str:
 
 
 def _turn(row: Row, name: str, turn: object) -> tuple[str, str]:
-    """Who speaks, and what is said."""
+    """Return the speaker and the text of a turn."""
     if not isinstance(turn, dict):
         raise row.wrong(name, "must hold turns with a 'from' and a 'value'")
     said = Row(row.path, row.number, turn, row.counted_in)

@@ -1,4 +1,4 @@
-"""Rows of a data file, each knowing where it stands, so that one sentence can say what is wrong with it."""
+"""Rows of a data file. Each knows its position, so that an error message can say where the mistake is."""
 
 import csv
 import gzip
@@ -13,27 +13,27 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a file, by the names of its fields."""
+    """A row of a file: its fields by name."""
 
     path: Path
     number: int
-    """Its line, or in a JSON list its place, from 1."""
+    """Its line number, or its position in a JSON list, counted from 1."""
     fields: Mapping[str, Any]
     counted_in: str = "line"
 
     @property
     def place(self) -> str:
-        """Where the row is, for a message."""
+        """Position of the row, for error messages."""
         return f"{self.path}, {self.counted_in} {self.number}"
 
     def __contains__(self, name: str) -> bool:
         return self.fields.get(name) is not None
 
     def text(self, name: str, may_be_empty: bool = False) -> str:
-        """The string in a field.
+        """Return the string in a field.
 
         Raises:
-            ValueError: the field is missing, is not a string, or is blank though it must not be.
+            ValueError: the field is missing, is not a string, or is blank where it must not be.
         """
         value = self._present(name)
         if not isinstance(value, str):
@@ -43,11 +43,11 @@ class Row:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise self.wrong(name, "holds half of a surrogate pair, which is no character") from None
+            raise self.wrong(name, "holds half of a surrogate pair, which is not a character") from None
         return value
 
     def number_text(self, name: str) -> str:
-        """The number in a field, as short as it can be written: `145.0` and `"145.0"` are `145`.
+        """Return the number in a field in its shortest form: `145.0` and `"145.0"` become `145`.
 
         Raises:
             ValueError: the field is missing or holds no finite number.
@@ -61,7 +61,7 @@ class Row:
         return str(int(number)) if number.is_integer() else repr(number)
 
     def wrong(self, name: str, problem: str) -> ValueError:
-        """The error that a field has a problem."""
+        """Make the error for a field with a problem."""
         return ValueError(f"{self.place}: field {name!r} {problem}")
 
     def _present(self, name: str) -> Any:
@@ -71,11 +71,11 @@ class Row:
 
 
 def read_json_rows(path: Path) -> list[Row]:
-    """The rows of a file of JSON lines or with one JSON list of objects, which may be gzipped.
+    """Read a file of JSON lines, or with one JSON list of objects, which may be gzipped.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not what it should be, or has no rows.
+        ValueError: the file is malformed, or has no rows.
     """
     lines = [(number, line) for number, line in _numbered_lines(path) if line.strip()]
     if lines and lines[0][1].lstrip().startswith("["):
@@ -86,20 +86,20 @@ def read_json_rows(path: Path) -> list[Row]:
         values = [(number, _parse(line.rstrip(), f"{path}, line {number}")) for number, line in lines]
     for number, value in values:
         if not isinstance(value, dict):
-            raise ValueError(f"{path}, {unit} {number}: {_shown(value)} is no JSON object with named fields")
+            raise ValueError(f"{path}, {unit} {number}: {_shown(value)} is not a JSON object with named fields")
     return _some([Row(path, number, fields, unit) for number, fields in values], path)
 
 
 def read_csv_rows(path: Path, header: list[str] | None = None) -> list[Row]:
-    """The rows of a CSV file, which may be gzipped.
+    """Read a CSV file, which may be gzipped.
 
     Args:
         path: the file.
-        header: the names of its columns. Default: they are its first line.
+        header: names of the columns. Default: the first line of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not what it should be, or has no rows.
+        ValueError: the file is malformed, or has no rows.
     """
     reader = csv.reader((line for _, line in _numbered_lines(path)), strict=True)
     rows = []
@@ -122,12 +122,12 @@ def read_csv_rows(path: Path, header: list[str] | None = None) -> list[Row]:
 
 
 def first_line(path: Path) -> str:
-    """The first line of a file; of an empty one, nothing."""
+    """Return the first line of a file; an empty string if the file is empty."""
     return next((line for _, line in _numbered_lines(path)), "")
 
 
 def is_csv(path: Path) -> bool:
-    """Whether a file is CSV, by its name; if not, it is JSON."""
+    """Whether a file is CSV, judged by its name. Otherwise it is JSON."""
     return path.name.removesuffix(".gz").endswith(".csv")
 
 
@@ -144,7 +144,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             "convert the file to UTF-8"
         ) from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no complete gzip file ({error})") from None
+        raise ValueError(f"{path} is not a complete gzip file ({error})") from None
 
 
 def _parse(text: str, place: str) -> Any:

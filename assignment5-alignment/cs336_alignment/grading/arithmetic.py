@@ -1,8 +1,8 @@
-r"""The value of an answer that is arithmetic: exact where it is rational, a floating-point number elsewhere.
+r"""The value of an arithmetic expression: exact if it is rational, otherwise a floating-point number.
 
-Reads the canonical LaTeX of `latex.canonical` by recursive descent, in microseconds. Every letter stands for a fixed
-number, so that expressions with different values are different expressions. Of equal floating-point values nothing
-follows: sympy must decide.
+The canonical LaTeX of `latex.canonical` is parsed by recursive descent, in microseconds. Every letter stands for a
+fixed number, so expressions with different values are different expressions. Equal floating-point values prove nothing;
+then sympy must decide.
 """
 
 import cmath
@@ -28,15 +28,16 @@ _MAX_FACTORIAL = 1_000
 
 
 class _UnreadableError(Exception):
-    """The text is no arithmetic that this module knows, or its value is out of reach."""
+    """The text is not arithmetic that this module can read, or its value cannot be computed."""
 
 
 def evaluate(text: str) -> Value | None:
-    r"""The value of a canonical text, or None where it has none that can be computed here.
+    r"""Compute the value of a canonical text; None if that is not possible here.
 
-    Read are decimals (with thousands separators, a power of ten after `e`, or a repeating period under `\overline`),
-    mixed numbers, the four operations, powers, factorials, `\frac`, `\sqrt`, `\pi`, `e`, `i`, and letters. A rational
-    value is exact: 0.33 is not 1/3. A product without a sign binds more tightly than a quotient: a/bc is a/(bc).
+    The text may contain decimals (with thousands separators, a power of ten after `e`, or a repeating period under
+    `\overline`), mixed numbers, the four operations, powers, factorials, `\frac`, `\sqrt`, `\pi`, `e`, `i`, and
+    letters. A rational value is exact: 0.33 is not 1/3. A product without a sign binds more tightly than a quotient:
+    a/bc is a/(bc).
 
     >>> evaluate(r"6\frac{1}{5}"), evaluate(r"1.5\cdot10^{3}"), evaluate(r"0.1\overline{6}")
     (Fraction(31, 5), Fraction(1500, 1), Fraction(1, 6))
@@ -53,25 +54,25 @@ def evaluate(text: str) -> Value | None:
 
 
 def surely_different(a: Value, b: Value) -> bool:
-    """Whether two values cannot be of equal expressions, as far as floating point can tell."""
+    """Whether two values are so far apart that their expressions cannot be equal."""
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a != b
     try:
         a, b = complex(a), complex(b)
     except OverflowError:
         return False
-    # Rounding errors stay far below this share of the larger value.
+    # Rounding errors stay far below this fraction of the larger value.
     return abs(a - b) > 1e-5 * max(abs(a), abs(b))
 
 
 @lru_cache(maxsize=1024)
 def _stand_in(symbol: str) -> complex:
-    """A number for a symbol: the same in every expression and process."""
+    """Return the number that a symbol stands for, which is the same in every expression and process."""
     return complex(random.Random(symbol).uniform(0.5, 2.0))
 
 
 class _Reader:
-    """Recursive descent; every method reads one construct and returns its value."""
+    """A recursive-descent parser. Each method reads one construct and returns its value."""
 
     def __init__(self, text: str) -> None:
         self.tokens: list[re.Match[str]] = []
@@ -90,7 +91,7 @@ class _Reader:
         return self.tokens[self.next][0] if self.next < len(self.tokens) else ""
 
     def take(self, *texts: str) -> str:
-        """The next token, if it is one of these."""
+        """Read and return the next token, if it is one of these."""
         if (token := self.peek()) and token in texts:
             self.next += 1
             return token
@@ -134,7 +135,7 @@ class _Reader:
                 "mixed",
                 "repeating",
             ):
-                raise _UnreadableError  # "1 2" is no product
+                raise _UnreadableError  # "1 2" is not a product
             if kind == "sign" and self.peek() not in ("(", "{", r"\frac", r"\sqrt", r"\pi"):
                 break
             value = _multiply(value, self.power())
@@ -190,7 +191,7 @@ class _Reader:
 
 
 def _repeating(head: str, period: str) -> Fraction:
-    """0.1 with the period 6 is (16 - 1) / 90."""
+    """Compute a repeating decimal: 0.1 with the period 6 is (16 - 1) / 90."""
     decimals = len(head) - head.index(".") - 1
     digits = head.replace(".", "")
     return Fraction(int(digits + period) - int(digits or "0"), (10 ** len(period) - 1) * 10**decimals)
@@ -205,7 +206,7 @@ def _multiply(a: Value, b: Value) -> Value:
 
 
 def _power(base: Value, exponent: Value) -> Value:
-    """Exact for whole exponents, and for the square root of a square; else the principal value."""
+    """Compute a power: exactly for integer exponents and for square roots of squares, otherwise the principal value."""
     if isinstance(base, Fraction) and isinstance(exponent, Fraction):
         bits = max(base.numerator.bit_length(), base.denominator.bit_length())
         if exponent.denominator == 1:

@@ -1,7 +1,7 @@
-"""When two shapes are equal, in three values.
+"""Comparing two shapes, with three possible results.
 
-What they hold is compared by a function that the caller gives. It may answer None, "cannot say", and so may the
-comparison of shapes: no if some part differs, yes if all parts are equal, None otherwise.
+The caller passes a function that compares their parts. It may return None, for undecided. The comparison of shapes is
+False if some part differs, True if all parts are equal, and None otherwise.
 """
 
 from collections.abc import Callable
@@ -10,18 +10,18 @@ from cs336_alignment.grading.structure import Group, Leaf, Matrix, Named, Node, 
 
 LeafEqual = Callable[[str, str], bool | None]
 
-_MAX_PARTS = 64  # no answer lists more, and every part is compared with every other
+_MAX_PARTS = 64  # no real answer lists more, and all pairs of parts are compared
 
 
 def shapes_equal(a: Node, b: Node, leaf_equal: LeafEqual) -> bool | None:
-    r"""Whether two answers are equal, or None where `leaf_equal` cannot say.
+    r"""Whether two answers are equal; None if `leaf_equal` cannot decide.
 
-    - Lists and sets have no order, and agree with each other. Unions have none either, and agree with unions alone.
-    - Tuples and intervals have an order: (1, 2) is neither (2, 1) nor [1, 2], and no set. A bare list `1, 2` agrees
-      with the tuple (1, 2) if the order is the same: many write a point without its brackets.
-    - A column vector agrees with a tuple.
-    - A name may be left out: `x = 5` agrees with 5, not with `y = 5`; `x > 5` with (5, \infty).
-    - A set of one agrees with its element.
+    - Lists and sets have no order, and may equal each other. Unions have no order either, and may equal only unions.
+    - Tuples and intervals have an order: (1, 2) is neither (2, 1) nor [1, 2], nor a set. A bare list `1, 2` is equal to
+      the tuple (1, 2) if the order is the same, because many write a point without brackets.
+    - A column vector may equal a tuple.
+    - A name may be omitted: `x = 5` is equal to 5, but not to `y = 5`; `x > 5` is equal to (5, \infty).
+    - A set with one element is equal to its element.
     """
     if a == b:
         return True

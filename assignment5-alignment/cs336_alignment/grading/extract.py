@@ -1,4 +1,4 @@
-r"""Where a response states its answer: in the last `\boxed{...}`, or between `<answer>` and `</answer>`."""
+r"""Finding the answer in a response: in the last `\boxed{...}`, or between `<answer>` and `</answer>`."""
 
 import re
 
@@ -8,11 +8,11 @@ _BARE = re.compile(r"[^\s${}]+")
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` (or `\fbox{...}`), or None where there is none.
+    r"""Return the content of the last `\boxed{...}` (or `\fbox{...}`); None if there is no box.
 
-    Braces are counted as TeX counts them: escaped ones do not pair. A last box that never closes, as in a response
-    that was cut short, counts as none; earlier ones are not the answer that it was about to state. `\boxed 2` is read
-    as `\boxed{2}`.
+    Braces are counted as in TeX: escaped ones do not pair. If the last box never closes, as in a response that was cut
+    short, the result is None, because an earlier box is not the answer that the response was about to state.
+    `\boxed 2` is read as `\boxed{2}`.
 
     >>> extract_boxed(r"so $\boxed{1}$, no, $\boxed{\frac{1}{2}}$.")
     '\\frac{1}{2}'
@@ -33,11 +33,11 @@ def extract_boxed(text: str) -> str | None:
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The answer of a response to the R1-Zero prompt, or None where its format is wrong.
+    r"""Return the answer of a response to the R1-Zero prompt; None if the format is wrong.
 
     The prompt ends in `<think>`, so the format is right if the response contains `</think> <answer>` and `</answer>`
-    (DeepSeek-AI 2025, section 2.2). The answer is what stands between the last `<answer>` and the `</answer>` after it;
-    if it has a `\boxed{...}`, the content of that, and nothing ("") if the box never closes.
+    (DeepSeek-AI 2025, section 2.2). The answer is the text between the last `<answer>` and the `</answer>` after it. If
+    that contains a `\boxed{...}`, the answer is the content of the box, or "" if the box never closes.
 
     >>> extract_answer(r"2 + 2 is 4. </think> <answer> \boxed{4} </answer>")
     '4'

@@ -1,9 +1,9 @@
-r"""One spelling for the many that LaTeX, and the models that write it, have for the same answer.
+r"""One canonical spelling for the many ways in which LaTeX can write the same answer.
 
-`canonical` is not a parser: it rewrites the text by rules that keep its meaning, so that many equal answers become
-equal strings, and so that what reads the text afterwards has few cases to know. In its output
+`canonical` is not a parser. It rewrites the text by rules that keep its meaning, so that many equal answers become
+equal strings, and so that the code that reads them afterwards has few cases to handle. In its output
 
-- a space stands only where it means something: between two digits, before a word, after a comma;
+- there is a space only where it has a meaning: between two digits, before a word, after a comma;
 - `\frac`, `\sqrt`, `^` and `_` have their arguments in braces;
 - `\text{...}` holds words, and nothing else is set as text;
 - `°`, `%` and `$` are units; `\cdot` is the only product sign; `\begin{matrix}` the only matrix with brackets, and
@@ -40,16 +40,16 @@ _SYMBOLS: Rules = (
     (r"√\s*([0-9.]+|[a-zA-Z])", r"\\sqrt{\1}"),
     (r"√", r"\\sqrt"),
 )
-# What only looks nice, or is written in several ways. Each is one pass; the order matters.
+# Layout, and constructs that can be written in several ways. Each rule is one pass; the order matters.
 _SPELLINGS: Rules = (
-    # Delimiters of mathematics, emphasis of Markdown, sizes and styles.
+    # Math delimiters, Markdown emphasis, sizes and styles.
     (r"^\s*(?:\\[\[(]|\*\*)|(?:\\[\])]|\*\*)\s*$", ""),
     (r"(?<!\\)\$", ""),
     (r"\\\$", "$"),
     (r"\\%", "%"),
     (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|scriptstyle|limits|nolimits)(?![a-zA-Z])\.?", ""),
     (r"\\(?:phantom|hphantom|vphantom)\s*(?:\{[^{}]*\}|[^{}])", ""),
-    # Thousands: a comma with a negative space or braces, or a space; and what else is only space.
+    # Thousands separators: a comma with a negative space or braces, or a space. Then other space.
     (r"(?<=[0-9])(?:,\s*\\!|\{,\})\s*(?=[0-9])", ""),
     (r"\\!", ""),
     (r"\\(?:[,;:> ]|quad(?![a-zA-Z])|qquad(?![a-zA-Z])|hspace\s*\{[^{}]*\})|~|\s|\0", " "),
@@ -72,7 +72,7 @@ _SPELLINGS: Rules = (
     (r"\\end *\{(?:array|matrix)\} *[)\]]", r"\\end{matrix}"),
     (r"\^ *(?:\{ *\\circ *\}|\\circ(?![a-zA-Z])|°)|\\degree(?![a-zA-Z])", "°"),
     (r"^ *(?:\\approx(?![a-zA-Z])|\\therefore(?![a-zA-Z])|=)", ""),
-    # Fonts: words keep one wrapper, symbols none.
+    # Fonts: words keep one wrapper, symbols lose theirs.
     (r"\\(?:mathbf|mathit|mathsf|boldsymbol|bm|vec|hat)(?![a-zA-Z]) *(?:\{([^{}]*)\}|([a-zA-Z]))", r"\1\2"),
     (r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|mbox|hbox|mathrm) *\{([^{}]*)\}",
      lambda match: _text(match[1], match.string[: match.start()])),
@@ -83,25 +83,25 @@ _SPELLINGS: Rules = (
     (r"\+ *\\infty", r"\\infty"),
     (r"(?<![a-zA-Z\\])percent(?![a-zA-Z])|\\text\{percent\}", "%"),
     (r"(?<=[0-9]) ?([aApP])\.[mM]\.?(?![a-zA-Z])", r"\\text{\1m}"),
-    # One-token arguments get their braces. `x^10` is read as people mean it, not as TeX does.
+    # One-token arguments get braces. `x^10` is read as people mean it, not as TeX reads it.
     (r"([\^_]) *(-?[0-9]+|[a-zA-Z]|\\(?:pi|theta|infty)(?![a-zA-Z]))", r"\1{\2}"),
     (r"\\sqrt *([0-9]|[a-zA-Z])", r"\\sqrt{\1}"),
     (r"\\frac *([0-9a-zA-Z]|\\pi(?![a-zA-Z]))", r"\\frac{\1}"),
-    # 1/2x is half of x, as most write it.
+    # 1/2x is half of x, as most people mean it.
     (r"(?<![0-9.,a-zA-Z}/])([0-9]+) ?/ ?([0-9]+)(?![0-9.^!]|,[0-9])", r"\\frac{\1}{\2}"),
     (r"(\\frac *\{(?:[^{}]|\{[^{}]*\})*\}) *([0-9a-zA-Z])", r"\1{\2}"),
 )  # fmt: skip
 _SYMBOL_RULES, _SPELLING_RULES = (
     tuple((re.compile(pattern), replacement) for pattern, replacement in rules) for rules in (_SYMBOLS, _SPELLINGS)
 )
-_PLAIN_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")  # most answers, which none of the rules would change
+_PLAIN_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?")  # most answers, which no rule would change
 _ROUND_ARGUMENT = re.compile(r"(\\sqrt|\^) *\(")
 _SPACE = re.compile(r" +")
 _NEEDED_SPACE = re.compile(r"[0-9] [0-9.]|[a-zA-Z] [a-zA-Z]|, .|[0-9})!] [a-zA-Z]{2}")
 
 
 def canonical(text: str) -> str:
-    r"""The one spelling of an answer; see the module.
+    r"""Rewrite an answer in its canonical spelling; see the module docstring.
 
     >>> canonical(r"$\left( \dfrac12,\, 10,\!080 \right)$.")
     '(\\frac{1}{2}, 10080)'
@@ -111,7 +111,7 @@ def canonical(text: str) -> str:
     rules = _SPELLING_RULES
     if not text.isascii():
         text, rules = text.translate(_CHARACTERS), _SYMBOL_RULES + rules
-    # A doubled backslash ends the row of a matrix, and is a slip of the pen elsewhere.
+    # A double backslash ends the row of a matrix. Elsewhere it is a mistake.
     text = text.replace("\\\\", "\\cr " if "matrix" in text or "array" in text else "\\")
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
@@ -121,10 +121,10 @@ def canonical(text: str) -> str:
 
 
 def _text(words: str, before: str) -> str:
-    r"""What becomes of `\text{words}`, which stands after `before`.
+    r"""Rewrite `\text{words}`, which comes after the text `before`.
 
-    Numbers and formulas leave the wrapper, and so does a lone letter, unless it is the unit of what stands before;
-    choices that are listed in one wrapper get one each.
+    Numbers and formulas are taken out of the wrapper, and so is a single letter, unless it is the unit of the text
+    before. Choices listed in one wrapper get one each.
     """
     words = " ".join(words.split())
     if not any(character.isalpha() for character in words):
@@ -141,7 +141,7 @@ def _text(words: str, before: str) -> str:
 
 
 def _brace_round_arguments(text: str) -> str:
-    """`sqrt(x)` and `x^(1/2)`, as in plain text, get braces: the round ones that pair are replaced."""
+    """Replace the round brackets of arguments in plain text, such as `sqrt(x)` and `x^(1/2)`, by braces."""
     pieces, done = [], 0
     for found in _ROUND_ARGUMENT.finditer(text):
         if found.start() < done:
@@ -160,6 +160,6 @@ def _brace_round_arguments(text: str) -> str:
 
 
 def _space(spaces: re.Match[str]) -> str:
-    """A run of spaces: kept as one where it means something."""
+    """Replace a run of spaces by one space where that has a meaning, and otherwise by nothing."""
     text, start, end = spaces.string, spaces.start(), spaces.end()
     return " " if _NEEDED_SPACE.match(f"{text[start - 1]} {text[end : end + 2]}") else ""

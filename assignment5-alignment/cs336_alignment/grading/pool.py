@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cs336_alignment.grading.nursery import NURSERY, Worker
+from cs336_alignment.grading.fork_server import FORK_SERVER, Worker
 
 _GRACE_S = 1.0
-"""A worker ends itself at its time limit. One that has not by so much later is given up."""
+"""A worker ends itself at its time limit. If it has not ended after this much longer, it is abandoned."""
 _ATTEMPTS = 2
 
 
@@ -32,13 +32,13 @@ class _Job:
 
 
 class WorkerPool:
-    """Up to `size` workers, started as they are needed and replaced when they die.
+    """Up to `size` workers, which are started when they are needed and replaced when they die.
 
-    Calls may come from any thread; they take turns. After a fork, the copy of this process starts workers of its own.
+    Any thread may call `map`; the calls take turns. After a fork, the copy of this process starts its own workers.
 
     Args:
-        function: `module:name` of a function of two strings, whose result JSON can express.
-        size: the most workers.
+        function: `module:name` of a function of two strings, whose result can be written as JSON.
+        size: maximum number of workers.
     """
 
     def __init__(self, function: str, size: int) -> None:
@@ -50,17 +50,20 @@ class WorkerPool:
 
     @property
     def idle_pids(self) -> list[int]:
-        """The process ids of the workers that wait for work."""
+        """Process ids of the workers that are waiting for a call."""
         return [worker.pid for worker in self._idle]
 
     def map(self, pairs: Sequence[tuple[str, str]], seconds: float) -> list[Any]:
-        """The function's results, in the order of the pairs; None for a call that took longer or killed its worker.
+        """Compute the function for each pair, in order; None for a call that took too long or killed its worker.
 
-        If a worker dies before that time (at its memory limit, of a crash, by a signal from outside), another repeats
-        the call, once.
+        If a worker dies before the time limit (at its memory limit, in a crash, by a signal from outside), the call is
+        repeated once by another worker.
+
+        Args:
+            seconds: time limit of each call.
 
         Raises:
-            RuntimeError: the function has raised, or no worker can be started.
+            RuntimeError: the function raised an exception, or no worker can be started.
         """
         results: list[Any] = [None] * len(pairs)
         waiting = deque(_Job(index, seconds) for index in range(len(pairs)))
@@ -85,36 +88,36 @@ class WorkerPool:
                     for worker in [worker for worker, job in busy.items() if job.is_late(_GRACE_S)]:
                         del busy[worker]
                         worker.close()
-            finally:  # after an exception, what these would answer is no longer asked for
+            finally:  # after an exception, the results of these are no longer needed
                 for worker in busy:
                     worker.close()
         return results
 
     def _give(self, pair: tuple[str, str], seconds: float) -> Worker:
-        """Give a call to an idle worker, or a new one."""
+        """Send a call to an idle worker or, if there is none, to a new one."""
         while True:
-            worker = self._idle.pop() if self._idle else NURSERY.new_worker(self.function)
+            worker = self._idle.pop() if self._idle else FORK_SERVER.new_worker(self.function)
             try:
                 worker.send(*pair, seconds)
                 return worker
-            except OSError:  # it was killed while it waited
+            except OSError:  # it was killed while it was waiting
                 worker.close()
 
     def close(self) -> None:
-        """Let the workers end. Another call starts new ones."""
+        """Let the workers end. Another call of `map` starts new ones."""
         with self._lock:
             while self._idle:
                 self._idle.pop().close()
 
     def abandon(self) -> None:
-        """In a forked copy of this process: forget the workers, which are not this copy's."""
+        """Forget the workers, in a forked copy of this process, which does not own them."""
         for worker in self._idle:
             worker.connection.close()
         self._lock, self._idle = threading.Lock(), []
 
 
 def _readable(workers: Iterable[Worker], seconds: float) -> list[Worker]:
-    """Those that have answered or died, once there is one, and none if that takes longer than so many seconds."""
+    """Wait for a worker to answer or die, and return all that have. After this many seconds the list may be empty."""
     with selectors.DefaultSelector() as selector:
         for worker in workers:
             selector.register(worker.connection, selectors.EVENT_READ, worker)

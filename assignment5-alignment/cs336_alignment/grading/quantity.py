@@ -1,8 +1,8 @@
-r"""An answer as a magnitude and a unit.
+r"""Splitting an answer into a magnitude and a unit.
 
-MATH's answers carry units now and then (`12\text{ square units}`, `\$4`, `65\%`, `45^\circ`), and a response may leave
-them out or add them. So units are compared only where both sides have one that is known: 5 cm is not 5 m, but 5, 5 cm
-and 5 apples agree with each other. Units are not converted: `50\text{ cents}` is not `\$0.50`.
+Some of MATH's answers have units (`12\text{ square units}`, `\$4`, `65\%`, `45^\circ`), and a response may omit or add
+them. Units are therefore compared only if both sides have a known one: 5 cm is not 5 m, but 5, 5 cm and 5 apples are
+all equal. Units are not converted: `50\text{ cents}` is not `\$0.50`.
 """
 
 import re
@@ -30,24 +30,24 @@ _SCALES = {"dozen": "12", "hundred": "100", "thousand": "1000", "million": "10^{
 
 _SET_AS_TEXT = re.compile(r"(.*?[^ ]) ?\\text\{([^{}]*)\}(?:\^\{([23])\})?", re.DOTALL)
 _BARE_WORDS = re.compile(r"(.*[0-9})!]) ?([a-zA-Z][a-zA-Z /.]*)(?:\^\{([23])\})?")
-_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")  # their degrees are no unit
+_TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")  # their degrees are not a unit
 _NO_UNITS = frozenset(["and", "or", "if", "for", "where", "when", "mod", "to", "is", "not"])
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is measured, as text, and in what."""
+    """A magnitude, as text, and its unit."""
 
     magnitude: str
     unit: str | None = None
-    """The name of a known unit; None also for one that is not known."""
+    """Name of a known unit. None if there is no unit, or an unknown one."""
 
 
 def quantity(text: str) -> Quantity:
-    r"""Take the unit off a canonical text.
+    r"""Split the unit off a canonical text.
 
-    Words that are set as text after something else are a unit, whatever they say. Bare words after a number are one if
-    they are known, or longer than two letters and apart: `2ab` is a product. A number word multiplies.
+    Words set as text after something else are a unit, whatever they are. Bare words after a number are a unit if they
+    are known, or longer than two letters and separated by a space: `2ab` is a product. A number word multiplies.
 
     >>> quantity(r"440\text{cm}^{2}"), quantity("$32348"), quantity("5 million")
     (Quantity(magnitude='440', unit='centimeter^2'), Quantity(magnitude='32348', unit='dollar'), Quantity(magnitude='5\\cdot10^{6}', unit=None))
@@ -65,7 +65,7 @@ def quantity(text: str) -> Quantity:
 
 
 def _may_be_bare(words: str, apart: bool) -> bool:
-    """Whether bare words after a number are its unit."""
+    """Whether bare words after a number can be its unit."""
     every = words.split()
     if not apart:
         return len(every) == 1 and len(words) > 1 and words in _UNITS

@@ -1,13 +1,13 @@
-r"""The fast path: equality of answers that strings and exact numbers decide, in microseconds.
+r"""The fast path: comparisons of answers that strings and exact numbers decide, in microseconds.
 
-`quick_equal` says yes, no, or None: sympy must look at it. What counts as equal is decided here, in `comparison`
-(order, brackets, names) and in `quantity` (units), not in sympy:
+`quick_equal` returns True, False, or None if sympy must decide. What counts as equal is defined here, in `comparison`
+(order, brackets, names) and in `quantity` (units), not by sympy:
 
 - Numbers are exact: 0.5 is \frac{1}{2}, but 0.33 is not \frac{1}{3}, nor is 0.333333.
-- `50\%` is equal to 50, as truths keep or drop the sign, and to 0.5, which is its value; 50 is not equal to 0.5.
-- `45^\circ` is equal to 45, as degrees are a unit, not to \frac{\pi}{4}; in \sin and its like they are converted.
-- A number with a base, `506_7`, is equal to nothing but itself: neither to 506 nor to its value.
-- Words that are set as text agree whatever their case and punctuation: `\text{(C)}` and C.
+- `50\%` is equal to 50, because true answers may omit the sign, and to 0.5, its value; 50 is not equal to 0.5.
+- `45^\circ` is equal to 45, because degrees are a unit, but not to \frac{\pi}{4}; inside \sin etc. they are converted.
+- A number with a base, `506_7`, is equal only to itself: neither to 506 nor to its value.
+- Words set as text are compared without case and punctuation: `\text{(C)}` is equal to C.
 - A ratio is its quotient: 1:2 is 1/2.
 """
 
@@ -21,9 +21,9 @@ from cs336_alignment.grading.quantity import quantity
 from cs336_alignment.grading.structure import Group, Node, is_relation, parse
 
 MAX_CHARACTERS = 500
-"""A longer answer is none: it is equal to nothing but itself. The longest of the 12 500 in MATH has 159."""
+"""A longer answer is equal only to itself. The longest of the 12 500 answers in MATH has 159 characters."""
 MAX_NESTING = 20
-"""Nor is one whose brackets are nested more deeply, which costs the parser seconds."""
+"""An answer with more deeply nested brackets, which take the parser seconds, is also equal only to itself."""
 
 _WITH_BASE = re.compile(r"-?[0-9][0-9A-Z]*(?:\.[0-9]+)?_\{[0-9]+\}")
 _WORDS = re.compile(r"[a-zA-Z][a-zA-Z .'-]*")
@@ -34,7 +34,7 @@ _canonical = lru_cache(maxsize=4096)(canonical)
 
 
 def quick_equal(answer: str, truth: str) -> bool | None:
-    """Whether an answer is equal to the truth; None where strings and numbers do not tell."""
+    """Whether an answer is equal to the truth; None if strings and numbers cannot decide."""
     answer, truth = answer.strip(), truth.strip()
     if not answer or not truth:
         return False
@@ -57,7 +57,7 @@ def _nesting(text: str) -> int:
 
 
 def shapes(answer: str, truth: str) -> tuple[Node, Node]:
-    """Both texts as shapes, where `70,110` is two numbers if the other text is a list, and one if not."""
+    """Parse both texts as shapes. `70,110` is read as two numbers if the other text is a list, otherwise as one."""
     answer, truth = _canonical(answer), _canonical(truth)
     answer_shape, truth_shape = parse(answer), parse(truth)
     if isinstance(answer_shape, Group) and not isinstance(truth_shape, Group):
@@ -68,7 +68,7 @@ def shapes(answer: str, truth: str) -> tuple[Node, Node]:
 
 
 def quick_leaf_equal(answer: str, truth: str) -> bool | None:
-    """`quick_equal` for texts without an inner shape, in canonical form."""
+    """Apply `quick_equal` to texts in canonical form that have no inner structure."""
     if answer == truth:
         return True
     if (words := _words_equal(answer, truth)) is not None:
@@ -84,7 +84,7 @@ def quick_leaf_equal(answer: str, truth: str) -> bool | None:
 
 
 def magnitudes(answer: str, truth: str) -> list[tuple[str, str]]:
-    """What must be compared once units are off: none where they contradict, two where one side is a percentage."""
+    """Remove units and return the pairs to compare: none if the units differ, two if one side is a percentage."""
     a, b = quantity(answer), quantity(truth)
     if a.unit and b.unit and a.unit != b.unit:
         return []
@@ -107,9 +107,9 @@ def _magnitudes_equal(answer: str, truth: str) -> bool | None:
 
 
 def _words_equal(answer: str, truth: str) -> bool | None:
-    r"""Compare what is words; None where at least one side may be mathematics.
+    r"""Compare words; None if at least one side may be mathematics.
 
-    Words are what is set as text and has no number before it, and four letters or more without a sign between them.
+    Words are text in `\text{...}` without a number before it, or at least four letters without a sign between them.
     """
     a, b = quantity(answer).magnitude, quantity(truth).magnitude
     if r"\text" not in a + b and not all(len(text) > 3 and _WORDS.fullmatch(text) for text in (a, b)):

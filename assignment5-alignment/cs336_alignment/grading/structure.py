@@ -1,4 +1,4 @@
-"""The shape of an answer: a list, a set, a tuple, an interval, a union, a matrix, a value with a name."""
+"""Parsing the shape of an answer: a list, a set, a tuple, an interval, a union, a matrix, or a value with a name."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Group:
-    """Parts in no order: `1, 2` is a list, `\\{1, 2\\}` a set, `(0, 1) \\cup (2, 3)` a union."""
+    """Parts without an order: `1, 2` is a list, `\\{1, 2\\}` a set, `(0, 1) \\cup (2, 3)` a union."""
 
     kind: str
     parts: tuple["Node", ...]
@@ -42,7 +42,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Named:
-    """`x = 5`, `f(x) = x + 1`, `x \\in [0, 1]`, or an inequality, which is an interval that has a name."""
+    """`x = 5`, `f(x) = x + 1`, `x \\in [0, 1]`, or an inequality, which is an interval with a name."""
 
     name: str
     value: "Node"
@@ -67,16 +67,16 @@ _NUMBER = re.compile(r"(?:[-+0-9/^!(){}. ]|\\(?:frac|cdot|sqrt|pi)(?![a-z]))+")
 
 @lru_cache(maxsize=4096)
 def parse(text: str, thousands: bool = True) -> Node:
-    r"""Read the shape of a canonical text (`latex.canonical`).
+    r"""Parse the shape of a canonical text (`latex.canonical`).
 
-    A comma between digits is ambiguous: `70,110` may be a number or two. With `thousands`, one that stands where a
-    separator of thousands would, and has no space after it, is taken for that; not inside brackets, though.
+    A comma between digits is ambiguous: `70,110` may be one number or two. With `thousands`, a comma at the position of
+    a thousands separator and without a space after it is read as one, except inside brackets.
     """
     return _parse_list(text, thousands, depth=0)
 
 
 def is_relation(text: str) -> bool:
-    """Whether a text is an equation, an inequality or the like."""
+    """Whether a text is an equation, an inequality or another relation."""
     return len(_split(text, (*_RELATIONS, r"\ne", r"\approx", r"\equiv"))) > 1
 
 
@@ -115,7 +115,7 @@ def _with_signs(text: str, plus_minus: str, minus_plus: str) -> str:
 
 
 def _parse_relation(text: str, depth: int) -> Named | None:
-    """`x = 5` and its like, `10/2 = 5` too; None where no side is a mere name, or number."""
+    """Parse relations such as `x = 5` or `10/2 = 5`; None if no side is just a name or a number."""
     sides, relations = _split_with_separators(text, _RELATIONS)
     kinds = set(relations)
     if not relations or "" in sides:
@@ -140,7 +140,7 @@ def _parse_relation(text: str, depth: int) -> Named | None:
 
 
 def _parse_brackets(text: str, depth: int) -> Node | None:
-    """What stands between brackets that pair, from the first character to the last; or None."""
+    """Parse a text that begins and ends with a matching pair of brackets; None for any other text."""
     tokens = _TOKEN.findall(text)
     if len(tokens) < 2 or tokens[0] not in _OPENING or tokens[0] == "{" or tokens[-1] not in _CLOSING | {"}"}:
         return None
@@ -172,7 +172,7 @@ def _parse_matrix(text: str, depth: int) -> Matrix | None:
 
 
 def _flat(nodes: Iterable[Node]) -> tuple[Node, ...]:
-    r"""The nodes, where `1 \pm 2` counts as two."""
+    r"""Flatten nodes: `1 \pm 2` counts as two."""
     found: list[Node] = []
     for node in nodes:
         found += node.parts if isinstance(node, Group) and node.kind == "list" else [node]
@@ -184,7 +184,7 @@ def _split(text: str, separators: tuple[str, ...]) -> list[str]:
 
 
 def _split_with_separators(text: str, separators: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Cut a text where a separator stands outside all brackets; a text whose brackets do not pair stays whole."""
+    """Split a text at separators outside all brackets. A text with unmatched brackets is not split."""
     pieces, found, level, start = [], [], 0, 0
     for token in _TOKEN.finditer(text):
         level += (token[0] in _OPENING) - (token[0] in _CLOSING)

@@ -1,8 +1,8 @@
-r"""The slow path: equality of expressions and equations that sympy decides.
+r"""The slow path: comparing expressions and equations with sympy.
 
-Runs in worker processes only (`pool`): importing sympy takes seconds, and what it does with a hostile expression has no
-bound in time or memory. LaTeX is read by latex2sympy2_extended, math-verify's parser. What is neither an expression nor
-an equation, such as an inequality, is compared by math-verify.
+This runs only in worker processes (`pool`), because importing sympy takes seconds, and a hostile expression can take
+any amount of time and memory. latex2sympy2_extended, math-verify's parser, reads the LaTeX. Expressions are compared
+by value at random points. Answers that are neither expressions nor equations are compared by math-verify.
 """
 
 import random
@@ -24,12 +24,12 @@ _TOLERANCE = sympy.Float(10) ** -50
 _SMALL = sympy.Float(10) ** -30
 _CONFIG = ConversionConfig(lowercase_symbols=False)
 _DECIMAL = re.compile(r"([0-9]*)\.([0-9]+)")
-_PRODUCT = re.compile(r"(?<=[0-9)])\((?!\))")  # the parser reads 2(13) as a mixed number
+_PRODUCT = re.compile(r"(?<=[0-9)])\((?!\))")  # the parser would read 2(13) as a mixed number
 _DEGREES = re.compile(r"([0-9]+|\{[^{}]*\}|\([^()]*\))°")
 
 
 def symbolically_equal(answer: str, truth: str) -> bool:
-    """Whether an answer is equal to the truth. What cannot be read is equal to nothing but itself."""
+    """Whether an answer is equal to the truth. An answer that cannot be read is equal only to itself."""
     return shapes_equal(*shapes(answer, truth), _leaf_equal) is True
 
 
@@ -48,15 +48,15 @@ def _expressions_equal(answer: str, truth: str) -> bool:
         if isinstance(a, sympy.Eq) and isinstance(b, sympy.Eq):
             return _equations_equal(a, b)
         return verify(b, a, timeout_seconds=None)
-    except MemoryError:  # the process has reached its limit, and must not go on
+    except MemoryError:  # the process has reached its memory limit and must end
         raise
-    except Exception:  # the parser and sympy raise whatever they like on what they cannot handle
+    except Exception:  # the parser and sympy raise all kinds of exceptions
         return False
 
 
 @lru_cache(maxsize=256)
 def _read(text: str) -> Any:
-    r"""Canonical LaTeX as a sympy expression: decimals exact, degrees in radians, `i` the imaginary unit."""
+    r"""Convert canonical LaTeX to a sympy expression: decimals exact, degrees in radians, `i` as imaginary unit."""
     text = _DECIMAL.sub(lambda match: rf"\frac{{{int(match[1] + match[2])}}}{{{10 ** len(match[2])}}}", text)
     text = _DEGREES.sub(r"(\1\\cdot\\pi/180)", text)
     text = _PRODUCT.sub(r"\\cdot(", text)
@@ -70,7 +70,7 @@ def _read(text: str) -> Any:
 
 
 def _is_odd_root_of_negative(part: sympy.Basic) -> bool:
-    r"""Whether a part is such as \sqrt[3]{-8}, which means -2, not sympy's principal value."""
+    r"""Whether a part is like \sqrt[3]{-8}, which means -2 and not sympy's principal value."""
     return bool(
         isinstance(part, sympy.Pow)
         and part.base.is_negative
@@ -81,7 +81,7 @@ def _is_odd_root_of_negative(part: sympy.Basic) -> bool:
 
 
 def _equations_equal(a: sympy.Eq, b: sympy.Eq) -> bool:
-    """Whether two equations are the same up to a constant factor."""
+    """Whether two equations are the same except for a constant factor."""
     left, right = a.lhs - a.rhs, b.lhs - b.rhs
     (point,) = _points(left.free_symbols | right.free_symbols, 1)
     left_value, right_value = left.subs(point), right.subs(point)
@@ -93,9 +93,9 @@ def _equations_equal(a: sympy.Eq, b: sympy.Eq) -> bool:
 def _values_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
     """Compare expressions by value, at several points if they have variables.
 
-    Two expressions that agree to 50 digits at random points on both sides of zero are taken to be identical (Schwartz
-    1980); sympy's `simplify` takes longer and misses many. It decides where there are no values to compare, or values
-    so large or so small that 50 digits say little.
+    Two expressions that agree to 50 digits at random points on both sides of zero are considered identical (Schwartz
+    1980). sympy's `simplify` takes longer and misses many identities. It decides only if there are no values to
+    compare, or if they are so large or small that 50 digits prove little.
     """
     if a == b:
         return a.is_finite is not False  # 1/0 is not 2/0
@@ -106,7 +106,7 @@ def _values_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
         if not (x.is_number and y.is_number and x.is_finite and y.is_finite):
             continue
         scale = max(abs(x), abs(y))
-        if scale < _SMALL:  # what is left of terms that cancel, perhaps
+        if scale < _SMALL:  # perhaps the remainder of terms that cancel
             continue
         if abs(x - y) > scale * _TOLERANCE:
             return False
@@ -119,7 +119,7 @@ def _values_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 
 def _points(symbols: set[sympy.Symbol], count: int) -> Iterator[dict[sympy.Symbol, sympy.Rational]]:
-    """Random values for symbols, the same in every run; a single point, without coordinates, if there are none."""
+    """Yield random values for symbols, the same in every run. Without symbols there is a single, empty point."""
     source = random.Random(0)
     for _ in range(count if symbols else 1):
         yield {symbol: sympy.Rational(source.randrange(-3000, 3000), 1009) for symbol in sorted(symbols, key=str)}

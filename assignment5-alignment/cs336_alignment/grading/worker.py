@@ -1,10 +1,10 @@
-"""The processes behind a `WorkerPool`: a nursery, which has imported sympy, and the workers that it forks.
+"""The processes behind a `WorkerPool`: a fork server, which has imported sympy, and the workers that it forks.
 
-Importing sympy takes seconds, forking a process that has it milliseconds: so a worker that was killed is replaced at
-once. The nursery is a new Python process without torch and without threads, which can be forked safely. None of these
-processes outlives the one that started it: it sees its socket close, or that it has another parent.
+Importing sympy takes seconds, but forking a process that has imported it takes milliseconds, so a worker that was
+killed is replaced at once. The fork server is a fresh Python process without torch and without threads, which makes
+forking safe. No process outlives its parent: it notices that its socket has closed, or that its parent has changed.
 
-This module is the children's side; `nursery` is the parent's.
+This module is the children's side; `fork_server` is the parent's.
 """
 
 import importlib
@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 
 MEMORY_LIMIT = 1 << 30
-"""Bytes that a worker may use above what it starts with, where the system has /proc. A worker that needs more dies."""
+"""Bytes that a worker process may use beyond what it starts with, on systems with /proc. If it needs more, it dies."""
 
 _PARENT_CHECK_S = 1.0
 
 
 def serve(control: socket.socket) -> None:
-    """Be the nursery: fork a worker for every message, which is a function's name and one end of a socket."""
+    """Run the fork server: fork a worker for each message, which holds a function's name and one end of a socket."""
     parent = os.getppid()
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries the workers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the workers
     importlib.import_module("cs336_alignment.grading.symbolic")
     silence = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):  # hostile answers make libraries warn
@@ -44,16 +44,16 @@ def serve(control: socket.socket) -> None:
                 control.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 _work(socket.socket(fileno=handles[0]), message.decode())
-            finally:  # also where nobody is at the other end any more
+            finally:  # also if nothing listens at the other end any more
                 os._exit(0)
         os.close(handles[0])
 
 
 def _work(jobs: socket.socket, name: str) -> None:
-    """Be a worker: load a function, say so, then answer jobs, each within its time.
+    """Run a worker: load a function, report that, then compute calls, each within its time limit.
 
-    A job is a JSON line `[response, truth, seconds]`. Whatever comes back is a JSON line, `{"result": ...}` or
-    `{"error": ...}` with a traceback; first, once the function is loaded, with the process id as the result.
+    A call is a JSON line `[response, truth, seconds]`. Every reply is a JSON line, `{"result": ...}` or
+    `{"error": ...}` with a traceback. The first reply comes once the function is loaded; its result is the process id.
     """
     parent = os.getppid()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -70,7 +70,7 @@ def _work(jobs: socket.socket, name: str) -> None:
 
     def answer(line: bytes) -> Any:
         response, truth, seconds = json.loads(line)
-        # The alarm's default action ends the process, whatever Python or C code is at work.
+        # The alarm's default action ends the process, whatever Python or C code is running.
         signal.setitimer(signal.ITIMER_REAL, seconds)
         return _named(name)(response, truth)
 
@@ -86,7 +86,7 @@ def _work(jobs: socket.socket, name: str) -> None:
 
 
 def _named(name: str) -> Callable[[str, str], Any]:
-    """The function that `module:name` stands for."""
+    """Import the function that `module:name` refers to."""
     module, _, attributes = name.partition(":")
     found: Any = importlib.import_module(module)
     for attribute in attributes.split("."):
@@ -95,9 +95,9 @@ def _named(name: str) -> Callable[[str, str], Any]:
 
 
 def _wait_for(connection: socket.socket, parent: int) -> bool:
-    """Wait until there is something to read; False if the parent has died meanwhile.
+    """Wait until there is something to read. Return False if the parent has died in the meantime.
 
-    A process that the parent has forked may hold a copy of the other end, so its closing alone does not tell.
+    Another process that the parent has forked may hold a copy of the other end, so that end may stay open.
     """
     while os.getppid() == parent:
         if select.select([connection], [], [], _PARENT_CHECK_S)[0]:

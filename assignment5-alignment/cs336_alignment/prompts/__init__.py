@@ -1,0 +1,1 @@
+"""Prompt templates: the text files, and how questions are inserted into them."""

@@ -1,0 +1,1 @@
+"""Rollouts: engines that generate responses, the rewards that grade them, and evaluation during training."""
