@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from cs336_basics.model import BasicsTransformerLM, ModelConfig
 from cs336_basics.nn_utils import cross_entropy
-from cs336_systems.flash_attention import FlashAttentionTriton, flash_attention
+from cs336_systems.kernels.flash_attention import FlashAttentionTriton, flash_attention
 
 from .reference_attention import (
     assert_errors_within,
@@ -213,7 +213,7 @@ def test_compiled_equals_eager():
     """In a process of its own: here the package's functions are wrapped in type checks, which break the graph."""
     program = """
 import torch
-from cs336_systems.flash_attention import FlashAttentionTriton
+from cs336_systems.kernels.flash_attention import FlashAttentionTriton
 
 for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
     for is_causal in (False, True):

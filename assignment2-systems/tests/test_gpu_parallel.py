@@ -19,7 +19,7 @@ from cs336_systems.parallel import (
     OverlappedDataParallel,
     ShardedOptimizer,
 )
-from cs336_systems.parallel.process_group import run_processes
+from cs336_systems.parallel.process_group import run_on_ranks
 
 pytestmark = pytest.mark.gpu
 BLOCKS = (TransformerBlock, Linear, Embedding)
@@ -81,7 +81,7 @@ def test_training_is_that_without_it(wrap, optimizer_class):
 
 
 def test_sharded_optimizer_around_the_fused_one():
-    from cs336_systems.adamw import FusedAdamW
+    from cs336_systems.kernels.adamw import FusedAdamW
 
     alone, model = language_model(), language_model()
     trained(alone, AdamW(alone.parameters(), lr=1e-2))
@@ -226,11 +226,11 @@ def check_two_processes(process, wrapper, sharded_optimizer):
 @two_gpus
 @containers
 def test_two_processes_train_as_one(wrapper, sharded_optimizer):
-    run_processes(check_two_processes, 2, wrapper, sharded_optimizer, device="cuda", timeout_s=120)
+    run_on_ranks(check_two_processes, 2, wrapper, sharded_optimizer, device="cuda", timeout_s=120)
 
 
 @containers
 def test_two_processes_train_as_one_over_gloo(wrapper, sharded_optimizer):
     """On one GPU that they share, or on one each."""
     arguments = (check_two_processes, 2, wrapper, sharded_optimizer)
-    run_processes(*arguments, backend="gloo", device="cuda", timeout_s=120)
+    run_on_ranks(*arguments, backend="gloo", device="cuda", timeout_s=120)

@@ -1,0 +1,71 @@
+"""Options that several commands share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cs336_systems.training.choices import AttentionName, LossName, Precision, SizeName
+from cs336_systems.training.options import computed, gpu_count, gpu_or_cpu
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The options of every command."""
+
+    device: str = gpu_or_cpu("cuda", "cpu")
+    """cpu, cuda, or one GPU, for example cuda:1. Default: a GPU if there is one."""
+    name: str = "measurement"
+    """The result is written to <out>/<name>.json."""
+    out: Path = Path("results")
+    """Folder for the result."""
+
+
+@dataclass(frozen=True)
+class StepGrid(Measurement):
+    """The options of commands that run training steps of several models on one device."""
+
+    sizes: tuple[SizeName, ...] = gpu_or_cpu(("small",), ("tiny",))
+    """Model sizes. Choose tiny to try the command without a GPU."""
+    contexts: tuple[int, ...] = gpu_or_cpu((128, 256, 512, 1024), (64, 128))
+    """Context lengths in tokens."""
+    attentions: tuple[AttentionName, ...] = ("plain",)
+    """plain: Assignment 1's. flash: our Triton kernels. flash-pytorch: their reference. sdpa-*, flex: PyTorch's."""
+    precisions: tuple[Precision, ...] = ("float32",)
+    """bfloat16 runs the forward and backward pass under autocast; parameters stay float32."""
+    losses: tuple[LossName, ...] = ("plain",)
+    """plain: logits, then cross-entropy. fused: both in our kernel. torch: both by PyTorch."""
+    batch_size: int = 4
+    """Sequences per step."""
+
+
+@dataclass(frozen=True)
+class RanksMeasurement(Measurement):
+    """The options of commands that run training steps on several ranks."""
+
+    processes: int = computed(lambda: gpu_count() or 2)
+    """Number of ranks, each with a GPU of its own. Default: the number of GPUs; without a GPU, 2 on the CPU."""
+    size: SizeName = gpu_or_cpu("xl", "tiny")
+    """Model size. Choose tiny to try the command without a GPU."""
+    context: int = gpu_or_cpu(512, 128)
+    """Context length in tokens."""
+    batch_size: int = 4
+    """Sequences per step on each rank."""
+    attention: AttentionName = "plain"
+    """plain: Assignment 1's. flash: our Triton kernels. flash-pytorch: their reference. sdpa-*, flex: PyTorch's."""
+    precision: Precision = gpu_or_cpu("bfloat16", "float32")
+    """bfloat16: under autocast, or, where weights are sharded, with weights that are cast before they are sent. The
+    optimizer's weights stay float32."""
+    warmup: int = 2
+    """Steps before the clock starts."""
+    steps: int = 5
+    """Steps that are timed."""
+    timeout_s: float = 1200.0
+    """Ranks that have not finished after this many seconds are killed."""
+
+
+def check_options(command: object, *names: str, least: int = 1) -> None:
+    """Raise a ValueError if one of these numbers (or tuples of numbers) of a command is below `least`."""
+    for name in names:
+        value = getattr(command, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and number < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {number}, but must be at least {least}")

@@ -1,0 +1,37 @@
+"""Attention for a Transformer, and what stands in for the Triton kernels on a machine that has no Triton."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+
+try:
+    from cs336_systems.kernels.flash_attention.triton_ops import FlashAttentionTriton
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+
+    class FlashAttentionTriton(Function):  # type: ignore[no-redef]
+        """Raises, because Triton is not installed; it exists for Linux only."""
+
+        @staticmethod
+        def forward(ctx: object, Q: Tensor, K: Tensor, V: Tensor, is_causal: bool = False) -> Tensor:
+            raise ValueError("FlashAttentionTriton needs Triton, which is not installed: use FlashAttentionPyTorch")
+
+
+def flash_attention(
+    q: Float[Tensor, "... heads queries d"],
+    k: Float[Tensor, "... kv_heads keys d"],
+    v: Float[Tensor, "... kv_heads keys d"],
+    is_causal: bool = True,
+) -> Float[Tensor, "... heads queries d"]:
+    """Attention of many heads on a GPU; fits `causal_attention` of Assignment 1's model. See `FlashAttentionTriton`.
+
+    With fewer heads of keys and values than of queries, each serves a group of queries (Ainslie et al. 2023). Under
+    autocast q, k and v are cast to its dtype, as PyTorch's own attention does. The mask counts from the first key: one
+    query and n keys, as in decoding with a cache, sees key 0 alone; pass is_causal=False there.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    return FlashAttentionTriton.apply(q, k, v, is_causal)
