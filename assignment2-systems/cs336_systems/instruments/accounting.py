@@ -13,31 +13,7 @@ from cs336_basics.strategy import resolve_device
 from cs336_systems.instruments.measure import Row, print_table, result_file
 from cs336_systems.instruments.options.common import check_options
 from cs336_systems.instruments.options.on_paper import Accounting
-from cs336_systems.theory.collectives import (
-    crossover_bytes,
-    ddp_overhead,
-    optimal_bucket_bytes,
-    ring_bytes,
-    ring_seconds,
-    whole_ring_bytes,
-    whole_ring_seconds,
-)
-from cs336_systems.theory.state import STATE, Stage, fsdp_costs, step_traffic_bytes, training_bytes_per_rank
-from cs336_systems.theory.tpu_mesh import (
-    COURSE_LAYOUT,
-    H100_BYTES,
-    TPU_V5P,
-    TPU_V5P_BYTES,
-    XXL,
-    Layout,
-    best_data_size,
-    compute_bound_tokens,
-    devices_needed,
-    half_sharded_bytes,
-    layout_bytes,
-    least_tokens,
-    pass_times,
-)
+from cs336_systems.theory import collectives, state, tpu_mesh
 from cs336_systems.theory.units import BFLOAT16, FLOAT32, GB, MB
 from cs336_systems.training.choices import SIZES, model_config
 
@@ -62,7 +38,7 @@ def run(options: Accounting) -> None:
     for option in ("link_gb_per_s", "hop_latency_us", "call_overhead_us"):
         if not 0 < getattr(options, option) < math.inf:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(options, option)}, but must be positive")
-    best = best_data_size(XXL, options.batch_tokens, COURSE_LAYOUT)
+    best = tpu_mesh.best_data_size(tpu_mesh.XXL, options.batch_tokens, tpu_mesh.COURSE_LAYOUT)
     tables = {
         "communication_accounting (a, b): memory of XXL": memory_rows(options),
         "communication_accounting (c, d): forward pass of XXL, tokens from which it is compute bound": batch_rows(),
@@ -90,36 +66,39 @@ def run(options: Accounting) -> None:
 def memory_rows(options: Accounting) -> list[Row]:
     """Compute the memory of XXL on one device, then with its state and half of its activations sharded."""
     tokens = options.memory_tokens
-    state, saved = XXL.state_bytes(), XXL.saved_bytes(tokens)
+    state, saved = tpu_mesh.XXL.state_bytes(), tpu_mesh.XXL.saved_bytes(tokens)
     held = {
-        "float32 master weights": FLOAT32 * XXL.num_parameters,
-        "float32 gradients": FLOAT32 * XXL.num_parameters,
-        "float32 AdamW moments": 2 * FLOAT32 * XXL.num_parameters,
+        "float32 master weights": FLOAT32 * tpu_mesh.XXL.num_parameters,
+        "float32 gradients": FLOAT32 * tpu_mesh.XXL.num_parameters,
+        "float32 AdamW moments": 2 * FLOAT32 * tpu_mesh.XXL.num_parameters,
         "all of these": state,
         "saved for backward: bfloat16 inputs of linear layers": saved,
         "all together": state + saved,
     }
     rows: list[Row] = [
-        {"what": what, "devices": 1, "GB": size / GB, "H100s": math.ceil(size / H100_BYTES)}
+        {"what": what, "devices": 1, "GB": size / GB, "H100s": math.ceil(size / tpu_mesh.H100_BYTES)}
         for what, size in held.items()
     ]
     for what, blocks in (("sharded, below 95 GB each", 0), ("the same and two gathered blocks", 2)):
-        devices = devices_needed(XXL, tokens, TPU_V5P_BYTES, blocks)
-        size = half_sharded_bytes(XXL, tokens, devices, blocks)
+        devices = tpu_mesh.devices_needed(tpu_mesh.XXL, tokens, tpu_mesh.TPU_V5P_BYTES, blocks)
+        size = tpu_mesh.half_sharded_bytes(tpu_mesh.XXL, tokens, devices, blocks)
         rows.append({"what": what, "devices": devices, "GB": size / GB})
     return [{"tokens": tokens} | row for row in rows]
 
 
 def strategy_rows(options: Accounting) -> list[Row]:
     """Compare all strategies on the number of devices and axes of the course's mesh."""
-    course, tokens = COURSE_LAYOUT, options.batch_tokens
+    course, tokens = tpu_mesh.COURSE_LAYOUT, options.batch_tokens
     devices, axes = course.devices, course.data_axes + course.tensor_axes
     layouts = [
-        Layout("DP", devices, 1, data_axes=axes, sharded=False),
-        Layout("FSDP", devices, 1, data_axes=axes),
-        Layout("TP", 1, devices, tensor_axes=axes),
+        tpu_mesh.Layout("DP", devices, 1, data_axes=axes, sharded=False),
+        tpu_mesh.Layout("FSDP", devices, 1, data_axes=axes),
+        tpu_mesh.Layout("TP", 1, devices, tensor_axes=axes),
         course,
-        min(_splits(course), key=lambda split: pass_times(XXL, tokens, split, TPU_V5P)[0].communication()),
+        min(
+            _splits(course),
+            key=lambda split: tpu_mesh.pass_times(tpu_mesh.XXL, tokens, split, tpu_mesh.TPU_V5P)[0].communication(),
+        ),
     ]
     return [{"tokens": tokens, **_strategy_row(tokens, layout)} for layout in layouts]
 
@@ -129,26 +108,28 @@ def ring_rows(options: Accounting) -> list[Row]:
     link = options.link_gb_per_s * GB, options.hop_latency_us / 1e6
     rows = []
     for size in BUFFER_MB:
-        row = {"buffer_MB": size, "ring_MB": ring_bytes(size, options.ring)}
-        row |= {"whole_MB": whole_ring_bytes(size, options.ring)}
-        row |= {"ring_us": ring_seconds(size * MB, options.ring, *link) * 1e6}
-        rows.append(row | {"whole_us": whole_ring_seconds(size * MB, options.ring, *link) * 1e6})
+        row = {"buffer_MB": size, "ring_MB": collectives.ring_bytes(size, options.ring)}
+        row |= {"whole_MB": collectives.whole_ring_bytes(size, options.ring)}
+        row |= {"ring_us": collectives.ring_seconds(size * MB, options.ring, *link) * 1e6}
+        rows.append(row | {"whole_us": collectives.whole_ring_seconds(size * MB, options.ring, *link) * 1e6})
     return rows
 
 
 def crossover_rows(options: Accounting) -> list[Row]:
     """Compute the buffer size at which both all-reduces take equally long."""
     link = options.link_gb_per_s * GB, options.hop_latency_us / 1e6
-    return [{"ring of": ranks, "MB": _or(crossover_bytes(ranks, *link) / MB, "any size")} for ranks in RANKS]
+    return [
+        {"ring of": ranks, "MB": _or(collectives.crossover_bytes(ranks, *link) / MB, "any size")} for ranks in RANKS
+    ]
 
 
 def traffic_rows(options: Accounting) -> list[Row]:
     """Compare our sharded optimizer with DDP and ZeRO: bytes sent, and held from step to step."""
     count, ranks = sum(parameter_counts(model_config(options.size)).values()), options.world_size
-    stages: tuple[Stage, ...] = (0, 1, 1, 2, 3)
+    stages: tuple[state.Stage, ...] = (0, 1, 1, 2, 3)
     rows = []
-    for (method, sent), stage in zip(step_traffic_bytes(count, ranks).items(), stages):
-        held = training_bytes_per_rank(count, ranks, stage)
+    for (method, sent), stage in zip(state.step_traffic_bytes(count, ranks).items(), stages):
+        held = state.training_bytes_per_rank(count, ranks, stage)
         rows.append({"method": method, "ranks": ranks, "sent_GB": sent / GB, "held_GB": held / GB})
     return rows
 
@@ -159,7 +140,7 @@ def fsdp_rows(options: Accounting) -> list[Row]:
     for size in SIZES:
         config = model_config(size)
         for name, compute_bytes in (("bfloat16", BFLOAT16), ("float32", FLOAT32)):
-            costs = fsdp_costs(config, options.world_size, compute_bytes)
+            costs = state.fsdp_costs(config, options.world_size, compute_bytes)
             row: Row = {"size": size, "compute": name, "ranks": options.world_size}
             row |= {"gather_forward_MB": costs.gather / MB, "gather_backward_MB": costs.gather / MB}
             row |= {"reduce_scatter_MB": costs.reduce_scatter / MB, "norms_MB": costs.replicated / MB}
@@ -170,33 +151,36 @@ def fsdp_rows(options: Accounting) -> list[Row]:
 def bucket_rows(options: Accounting) -> list[Row]:
     """Compare the course's bucket sizes with the best one; w is the link's bandwidth as a ring can use it."""
     total = FLOAT32 * sum(parameter_counts(model_config(options.size)).values())
-    bandwidth = total / ring_bytes(total, options.world_size) * options.link_gb_per_s * GB
+    bandwidth = total / collectives.ring_bytes(total, options.world_size) * options.link_gb_per_s * GB
     overhead_s = options.call_overhead_us / 1e6
-    best = optimal_bucket_bytes(total, bandwidth, overhead_s) / MB
+    best = collectives.optimal_bucket_bytes(total, bandwidth, overhead_s) / MB
     rows = []
     for size in sorted((*BUCKET_MB, best)):
         buckets = max(1.0, total / (size * MB))
-        after = ddp_overhead(total, bandwidth, overhead_s, buckets)
+        after = collectives.ddp_overhead(total, bandwidth, overhead_s, buckets)
         rows.append({"bucket_MB": size, "buckets": buckets, "after_ms": after * 1e3, "best": size == best})
     return [row | {"best": "best" if row["best"] else None} for row in rows]
 
 
 def batch_rows() -> list[Row]:
     """Compute the compute-bound batch on the course's mesh, and with the tricks that the formula covers."""
-    eight_bits = replace(XXL, bytes_per_number=1)
-    widest = min(_splits(COURSE_LAYOUT), key=lambda layout: compute_bound_tokens(XXL, layout, TPU_V5P))
+    eight_bits = replace(tpu_mesh.XXL, bytes_per_number=1)
+    widest = min(
+        _splits(tpu_mesh.COURSE_LAYOUT),
+        key=lambda layout: tpu_mesh.compute_bound_tokens(tpu_mesh.XXL, layout, tpu_mesh.TPU_V5P),
+    )
     cases = {
-        "weights and activations at once": (XXL, COURSE_LAYOUT, True),
-        "one after the other": (XXL, COURSE_LAYOUT, False),
-        "sent in 8 bits": (eight_bits, COURSE_LAYOUT, True),
-        "as much TP as pays": (XXL, widest, True),
+        "weights and activations at once": (tpu_mesh.XXL, tpu_mesh.COURSE_LAYOUT, True),
+        "one after the other": (tpu_mesh.XXL, tpu_mesh.COURSE_LAYOUT, False),
+        "sent in 8 bits": (eight_bits, tpu_mesh.COURSE_LAYOUT, True),
+        "as much TP as pays": (tpu_mesh.XXL, widest, True),
     }
     rows: list[Row] = []
     for what, (stack, layout, at_once) in cases.items():
-        tokens = compute_bound_tokens(stack, layout, TPU_V5P, at_once)
+        tokens = tpu_mesh.compute_bound_tokens(stack, layout, tpu_mesh.TPU_V5P, at_once)
         row: Row = {"what": what, "X": layout.data, "Y": layout.tensor, "per_device": tokens}
         rows.append(row | {"batch": math.ceil(tokens * layout.devices)})
-    least = least_tokens(XXL, COURSE_LAYOUT, TPU_V5P)
+    least = tpu_mesh.least_tokens(tpu_mesh.XXL, tpu_mesh.COURSE_LAYOUT, tpu_mesh.TPU_V5P)
     return [*rows, {"what": "bound for any X · Y", "per_device": least}]
 
 
@@ -204,29 +188,29 @@ def zero_rows() -> list[Row]:
     """Compute the bytes per parameter of ZeRO's stages for both precisions and several numbers of ranks."""
     return [
         {"precision": precision, "stage": stage, **{f"{n} ranks": state.per_rank(n, stage) for n in RANKS}}
-        for precision, state in STATE.items()
+        for precision, state in state.STATE.items()
         for stage in (0, 1, 2, 3)
     ]
 
 
-def _splits(layout: Layout) -> list[Layout]:
+def _splits(layout: tpu_mesh.Layout) -> list[tpu_mesh.Layout]:
     """Return all splits X · Y of a layout's devices with both factors above 1."""
     n = layout.devices
     return [replace(layout, data=x, tensor=n // x) for x in range(2, n) if n % x == 0]
 
 
-def _strategy_row(tokens: int, layout: Layout) -> Row:
-    forward, backward = pass_times(XXL, tokens, layout, TPU_V5P)
+def _strategy_row(tokens: int, layout: tpu_mesh.Layout) -> Row:
+    forward, backward = tpu_mesh.pass_times(tpu_mesh.XXL, tokens, layout, tpu_mesh.TPU_V5P)
     return {
         "strategy": layout.name,
         "X": layout.data,
         "Y": layout.tensor,
-        "GB": layout_bytes(XXL, tokens, layout) / GB,
+        "GB": tpu_mesh.layout_bytes(tpu_mesh.XXL, tokens, layout) / GB,
         "forward_compute_ms": forward.compute * 1e3,
         "forward_comm_ms": forward.communication() * 1e3,
         "backward_compute_ms": backward.compute * 1e3,
         "backward_comm_ms": backward.communication() * 1e3,
-        "bound_from_per_device": _or(compute_bound_tokens(XXL, layout, TPU_V5P), "never"),
+        "bound_from_per_device": _or(tpu_mesh.compute_bound_tokens(tpu_mesh.XXL, layout, tpu_mesh.TPU_V5P), "never"),
     }
 
 

@@ -15,33 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from cs336_basics.accounting import parameter_counts
+from cs336_systems.instruments import overlap, ranks
 from cs336_systems.instruments.measure import OK, ResultFile, Row, print_table, result_file
 from cs336_systems.instruments.options.common import check_options
 from cs336_systems.instruments.options.many_gpus import BenchDdp
-from cs336_systems.instruments.overlap import (
-    TRACED_STEPS,
-    StepTimeline,
-    overlap_row,
-    plot_timelines,
-    record_step,
-    step_timeline,
-)
-from cs336_systems.instruments.ranks import (
-    NO_MEMORY_ON_CPU,
-    StepTimes,
-    checked_device,
-    clear_memory_statistics,
-    largest,
-    measure_on_all_ranks,
-    peak_gb,
-    progress_on_rank_0,
-    shared_settings,
-    start_ranks,
-    step_config,
-    summary,
-    time_step,
-    tokens_per_second,
-)
 from cs336_systems.parallel.process_group import Rank
 from cs336_systems.theory.collectives import ring_bytes
 from cs336_systems.theory.units import FLOAT32, MB
@@ -55,20 +32,20 @@ OVERLAP_COLUMNS = ("compute_ms", "communication_ms", "in_backward_%", "hidden_%"
 
 def run(options: BenchDdp) -> None:
     """Measure, print tables, and write a file and a picture."""
-    device = checked_device(options)
+    device = ranks.checked_device(options)
     check_options(options, "rounds")
     for size in (*options.bucket_mib, *options.torch_bucket_mib):
         if size != "auto" and size <= 0:
             raise ValueError(f"a bucket of {size} MiB was requested; choose a positive size")
-    config = step_config(options, device, options.mode, options.optimizer)
+    config = ranks.step_config(options, device, options.mode, options.optimizer)
     cases = cases_of(options)
     if not cases:
         raise ValueError("there is nothing to measure: an option that takes several values got none")
-    settings = shared_settings(options)
+    settings = ranks.shared_settings(options)
     settings |= {"mode": options.mode, "optimizer": options.optimizer, "rounds": options.rounds}
     what = "training step under data parallelism"
     file = result_file(options, what, device, **settings)
-    rows = start_ranks(options, measure_ddp, device, options, config, cases, file)
+    rows = ranks.start_ranks(options, measure_ddp, device, options, config, cases, file)
     for title, columns in (
         (what, ("step_ms", "std_ms", "drift_%", "exposed_ms", "exposed_%", "paced_ms", "beyond_paced_%", "tok/s")),
         ("its parts, bytes sent (predicted), memory", (*PARTS, "sent_MB", "peak_GB")),
@@ -77,7 +54,7 @@ def run(options: BenchDdp) -> None:
         if columns:
             print_table(title, rows, ("variant", "bucket_MiB", *columns), common=settings if title == what else None)
     if device.type == "cpu":
-        print(NO_MEMORY_ON_CPU)
+        print(ranks.NO_MEMORY_ON_CPU)
     file.announce()
     if options.trace:
         print(f"written: {picture(options)}")
@@ -103,23 +80,23 @@ def cases_of(options: BenchDdp) -> list[Row]:
 def measure_ddp(rank: Rank, options: BenchDdp, config: StepConfig, cases: list[Row], file: ResultFile) -> list[Row]:
     """Measure the rows on all ranks; rank 0 writes the file after each variant of each round."""
     rows: list[Row] = [case | {"status": OK} for case in cases]
-    times: list[list[list[StepTimes]]] = [[] for _ in rows]  # [row][round or none][rank] -> of all steps
+    times: list[list[list[ranks.StepTimes]]] = [[] for _ in rows]  # [row][round or none][rank] -> of all steps
     rounds: list[list[float]] = [[] for _ in rows]
     configs = [replace(config, container=case["variant"], bucket_mib=case.get("bucket_MiB", "auto")) for case in cases]
-    with progress_on_rank_0(rank, (options.rounds + options.trace) * len(rows)) as start:
+    with ranks.progress_on_rank_0(rank, (options.rounds + options.trace) * len(rows)) as start:
         for number in range(1, options.rounds + 1):
             for index, row in enumerate(rows):
                 start(f"round {number}: {label(row)}")
                 if row["status"] != OK:
                     continue
-                status, measured = measure_on_all_ranks(partial(time_steps, configs[index], rank, options))
+                status, measured = ranks.measure_on_all_ranks(partial(time_steps, configs[index], rank, options))
                 row |= status
                 if not measured:
                     continue
                 of_round = [one["times"] for one in measured]
                 times[index] = [a + b for a, b in zip(times[index], of_round)] if times[index] else of_round
-                rounds[index].append(summary(of_round)["step_ms"])
-                row |= summary(times[index]) | largest([row, *measured], "peak_GB")
+                rounds[index].append(ranks.summary(of_round)["step_ms"])
+                row |= ranks.summary(times[index]) | ranks.largest([row, *measured], "peak_GB")
                 row |= _derived(options, row, rounds[index])
                 _compare_with_floor(rows)
                 if rank.rank == 0:
@@ -135,15 +112,15 @@ def _trace_all(
     rank: Rank, options: BenchDdp, configs: list[StepConfig], rows: list[Row], start: Callable[[str], None]
 ) -> None:
     """Add to each row what overlaps in one profiled step, and draw the steps."""
-    timelines: dict[str, StepTimeline] = {}
+    timelines: dict[str, overlap.StepTimeline] = {}
     for config, row in zip(configs, rows, strict=True):
         start(f"profile: {label(row)}")
         if row["status"] == OK:
-            status, measured = measure_on_all_ranks(partial(trace_step, config, rank, options, row, timelines))
+            status, measured = ranks.measure_on_all_ranks(partial(trace_step, config, rank, options, row, timelines))
             row |= status | (measured[0]["overlap"] if measured else {})
     if rank.rank == 0:
         model = f"{options.size}, {options.processes} ranks, {options.batch_size} x {options.context} tokens"
-        plot_timelines(timelines, picture(options), f"one training step of rank 0: {model} each")
+        overlap.plot_timelines(timelines, picture(options), f"one training step of rank 0: {model} each")
 
 
 def time_steps(config: StepConfig, rank: Rank, options: BenchDdp) -> Row:
@@ -151,24 +128,26 @@ def time_steps(config: StepConfig, rank: Rank, options: BenchDdp) -> Row:
     step = TrainingStep(config, rank)
     for _ in range(options.warmup):
         step.full()
-    clear_memory_statistics(rank.device)
-    times = [time_step(step) for _ in range(options.steps)]
-    return {"times": times, "peak_GB": peak_gb(rank.device)}
+    ranks.clear_memory_statistics(rank.device)
+    times = [ranks.time_step(step) for _ in range(options.steps)]
+    return {"times": times, "peak_GB": ranks.peak_gb(rank.device)}
 
 
-def trace_step(config: StepConfig, rank: Rank, options: BenchDdp, row: Row, timelines: dict[str, StepTimeline]) -> Row:
+def trace_step(
+    config: StepConfig, rank: Rank, options: BenchDdp, row: Row, timelines: dict[str, overlap.StepTimeline]
+) -> Row:
     """Profile a step of rank 0, return what overlaps in it, and add its timeline to `timelines`."""
     step = TrainingStep(config, rank)
     for _ in range(max(1, options.warmup)):
         step.full()
     if rank.rank:
-        for _ in range(TRACED_STEPS):
+        for _ in range(overlap.TRACED_STEPS):
             step.full()
         return {}
     keep = options.out / f"{options.name}_{label(row).replace(' ', '_')}.trace.json.gz" if options.keep_traces else None
-    timeline = step_timeline(record_step(step.full, rank.device, keep))
+    timeline = overlap.step_timeline(overlap.record_step(step.full, rank.device, keep))
     timelines[label(row)] = timeline
-    return {"overlap": overlap_row(timeline)}
+    return {"overlap": overlap.overlap_row(timeline)}
 
 
 def label(row: Mapping[str, object]) -> str:
@@ -186,7 +165,7 @@ def _derived(options: BenchDdp, row: Row, rounds: list[float]) -> Row:
     return {
         "drift_%": 100 * (max(rounds) - min(rounds)) / statistics.median(rounds),
         "sent_MB": sent / MB,
-        "tok/s": tokens_per_second(options, row["step_ms"]),
+        "tok/s": ranks.tokens_per_second(options, row["step_ms"]),
         "round_ms": list(rounds),
     }
 

@@ -8,23 +8,9 @@ from dataclasses import replace
 from functools import partial
 
 from cs336_basics.accounting import parameter_counts
+from cs336_systems.instruments import ranks
 from cs336_systems.instruments.measure import ResultFile, Row, cartesian, print_table, result_file
 from cs336_systems.instruments.options.many_gpus import BenchFsdp, FsdpVariant
-from cs336_systems.instruments.ranks import (
-    NO_MEMORY_ON_CPU,
-    checked_device,
-    clear_memory_statistics,
-    held_gb,
-    largest,
-    peak_gb,
-    run_cases,
-    shared_settings,
-    start_ranks,
-    step_config,
-    summary,
-    time_step,
-    tokens_per_second,
-)
 from cs336_systems.parallel.process_group import Rank
 from cs336_systems.theory.state import fsdp_costs, step_traffic_bytes, training_bytes_per_rank
 from cs336_systems.theory.units import BFLOAT16, FLOAT32, GB, MB
@@ -38,22 +24,22 @@ MEMORY = ("peak_GB", "init_GB", "held_GB")
 
 def run(options: BenchFsdp) -> None:
     """Measure, print tables and write a file."""
-    device = checked_device(options)
-    config = step_config(options, device, "eager", options.optimizer)
+    device = ranks.checked_device(options)
+    config = ranks.step_config(options, device, "eager", options.optimizer)
     cases = cartesian(mode=options.modes, checkpointing=options.checkpointing, variant=options.variants)
     cases = [{"variant": case["variant"]} | case for case in cases]  # first: rows that fail are named by it
     if not cases:
         raise ValueError("there is nothing to measure: an option that takes several values got none")
-    settings = shared_settings(options) | {"optimizer": options.optimizer}
+    settings = ranks.shared_settings(options) | {"optimizer": options.optimizer}
     what = "training step with sharded weights"
     file = result_file(options, what, device, **settings)
-    rows = start_ranks(options, measure_fsdp, device, options, config, cases, file)
+    rows = ranks.start_ranks(options, measure_fsdp, device, options, config, cases, file)
     axes = ("mode", "checkpointing", "variant")
     time, costs = ("step_ms", "std_ms", *PARTS, "tok/s"), (*MEMORY, "predicted_held_GB", "sent_MB")
     print_table(what, rows, (*axes, *time), settings=axes[:2], common=settings)
     print_table("its memory, and the bytes it sends (predicted)", rows, (*axes, *costs), settings=axes[:2])
     if device.type == "cpu":
-        print(NO_MEMORY_ON_CPU)
+        print(ranks.NO_MEMORY_ON_CPU)
     file.announce()
 
 
@@ -64,28 +50,28 @@ def measure_fsdp(rank: Rank, options: BenchFsdp, config: StepConfig, cases: list
         parts = {"mode": case["mode"], "container": case["variant"], "checkpointing": case["checkpointing"]}
         return measure_step(replace(config, **parts), rank, options)
 
-    return run_cases(rank, cases, measure, partial(summarize, options), file)
+    return ranks.run_cases(rank, cases, measure, partial(summarize, options), file)
 
 
 def measure_step(config: StepConfig, rank: Rank, options: BenchFsdp) -> Row:
     """Measure memory and times of steps on this rank."""
     device = rank.device
-    clear_memory_statistics(device)
+    ranks.clear_memory_statistics(device)
     step = TrainingStep(config, rank)
-    row: Row = {"init_GB": held_gb(device)}
+    row: Row = {"init_GB": ranks.held_gb(device)}
     for _ in range(max(1, options.warmup)):
         step.full()
-    clear_memory_statistics(device)
-    times = [time_step(step) for _ in range(options.steps)]
-    return row | {"times": times, "peak_GB": peak_gb(device), "held_GB": held_gb(device)}
+    ranks.clear_memory_statistics(device)
+    times = [ranks.time_step(step) for _ in range(options.steps)]
+    return row | {"times": times, "peak_GB": ranks.peak_gb(device), "held_GB": ranks.held_gb(device)}
 
 
 def summarize(options: BenchFsdp, case: Row, of_ranks: list[Row]) -> Row:
     """Make the rest of a row: times of the slowest rank, the most memory, and the predictions."""
-    row = summary([one["times"] for one in of_ranks])
-    row["tok/s"] = tokens_per_second(options, row["step_ms"])
+    row = ranks.summary([one["times"] for one in of_ranks])
+    row["tok/s"] = ranks.tokens_per_second(options, row["step_ms"])
     for key in MEMORY:
-        row |= largest(of_ranks, key)
+        row |= ranks.largest(of_ranks, key)
     held, sent = predicted(options, case["variant"])
     return row | {"predicted_held_GB": held / GB, "sent_MB": sent / MB}
 

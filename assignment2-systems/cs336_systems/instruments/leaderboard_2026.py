@@ -46,6 +46,7 @@ from cs336_systems.parallel.process_group import Rank, check_gpus, device_of_ran
 from cs336_systems.theory.large_model import step_bytes, step_flops
 from cs336_systems.theory.units import GB
 from cs336_systems.training.blocks import compile_blocks
+from cs336_systems.training.containers import HeadWithLoss
 from cs336_systems.training.step import StepConfig, TrainingStep
 
 #: Seconds per step on two B200, for comparison.
@@ -184,8 +185,10 @@ def contestant_step(options: Leaderboard2026, rank: Rank, contestant: Contestant
     )  # fmt: skip
     step = TrainingStep(config, rank)
     if options.mode == "compiled-blocks":
-        # Eager, the norm's float32 copy takes 1 GB. Our loss consists of kernels already.
-        compile_blocks(step.model.ln_final, *([step.module.head] if contestant == "torch" else []))
+        # Eager, the norm's float32 copy takes 1 GB.
+        compile_blocks(step.model.ln_final)
+        if contestant == "torch":  # our loss consists of kernels already
+            compile_blocks(*(module for module in step.module.modules() if isinstance(module, HeadWithLoss)))
     step.inputs, step.targets = batch_of(options, rank)
     return step
 

@@ -24,12 +24,12 @@ from typing import Any, get_args
 import torch
 
 from cs336_basics.accounting import parameter_counts
+from cs336_systems.instruments import ranks
 from cs336_systems.instruments.all_reduce import time_all_reduces
 from cs336_systems.instruments.leaderboard_2026 import leaderboard_rows
 from cs336_systems.instruments.measure import OK, ResultFile, Row, print_table, result_file
 from cs336_systems.instruments.options.common import RanksMeasurement, check_options
 from cs336_systems.instruments.options.many_gpus import Leaderboard2026, Scaling, ScalingPart
-from cs336_systems.instruments.ranks import largest, run_cases, step_config, summary, tokens_per_second
 from cs336_systems.instruments.sharding import measure_memory_and_time
 from cs336_systems.parallel.process_group import Rank, check_gpus, device_of_rank, run_on_ranks
 from cs336_systems.theory.state import STATE, training_bytes_per_rank
@@ -141,7 +141,7 @@ def measure_set(options: Scaling, a_set: Row, device: torch.device, seconds: flo
         device=options.device, processes=count, size=options.size, context=options.context, batch_size=batch,
         attention="flash" if device.type == "cuda" else "plain", warmup=options.warmup, steps=options.steps,
     )  # fmt: skip
-    config = step_config(step_options, device, options.mode, options.optimizer)
+    config = ranks.step_config(step_options, device, options.mode, options.optimizer)
     if part == "optimizer-state":
         cases = [{"sharding": sharding} for sharding in ("none", "ours", "torch")]
     else:
@@ -193,23 +193,23 @@ def measure_steps(
             one = replace(config, container=case["variant"])
         return measure_memory_and_time(one, rank, options)
 
-    return run_cases(rank, cases, measure, partial(_summary, options), file)
+    return ranks.run_cases(rank, cases, measure, partial(_summary, options), file)
 
 
 def _summary(options: RanksMeasurement, case: Row, of_ranks: list[Row]) -> Row:
-    row = summary([one["times"] for one in of_ranks])
-    row["tok/s"] = tokens_per_second(options, row["step_ms"])
+    row = ranks.summary([one["times"] for one in of_ranks])
+    row["tok/s"] = ranks.tokens_per_second(options, row["step_ms"])
     peaks = [
         {"peak_GB": max(one["before_step_GB"], one["during_step_GB"])}
         for one in of_ranks
         if one["during_step_GB"] is not None
     ]
-    row |= largest(peaks, "peak_GB") | largest(of_ranks, "held_GB") | largest(of_ranks, "state_MB")
+    row |= ranks.largest(peaks, "peak_GB") | ranks.largest(of_ranks, "held_GB") | ranks.largest(of_ranks, "state_MB")
     if "sharding" in case:
         count = sum(parameter_counts(model_config(options.size, options.context)).values())
-        ranks = options.processes if case["sharding"] != "none" else 1
-        row["predicted_state_MB"] = STATE["float32"].optimizer * count / ranks / MB
-        row["predicted_held_GB"] = training_bytes_per_rank(count, ranks, 1) / GB
+        sharers = options.processes if case["sharding"] != "none" else 1
+        row["predicted_state_MB"] = STATE["float32"].optimizer * count / sharers / MB
+        row["predicted_held_GB"] = training_bytes_per_rank(count, sharers, 1) / GB
     return row
 
 

@@ -4,24 +4,10 @@ from dataclasses import replace
 from functools import partial
 
 from cs336_basics.accounting import parameter_counts
+from cs336_systems.instruments import ranks
 from cs336_systems.instruments.measure import ResultFile, Row, cartesian, print_table, result_file, synchronize
 from cs336_systems.instruments.options.common import RanksMeasurement
 from cs336_systems.instruments.options.many_gpus import BenchSharding
-from cs336_systems.instruments.ranks import (
-    NO_MEMORY_ON_CPU,
-    checked_device,
-    clear_memory_statistics,
-    held_gb,
-    largest,
-    optimizer_state_bytes,
-    peak_gb,
-    run_cases,
-    shared_settings,
-    start_ranks,
-    step_config,
-    summary,
-    time_step,
-)
 from cs336_systems.parallel.process_group import Rank
 from cs336_systems.theory.state import STATE, training_bytes_per_rank
 from cs336_systems.theory.units import GB, MB
@@ -35,22 +21,22 @@ STATE_AND_TIME = ("state_MB", "least_state_MB", "predicted_state_MB", "optimizer
 
 def run(options: BenchSharding) -> None:
     """Measure, print tables and write a file."""
-    device = checked_device(options)
-    configs = {name: step_config(options, device, "eager", name) for name in options.optimizers}
+    device = ranks.checked_device(options)
+    configs = {name: ranks.step_config(options, device, "eager", name) for name in options.optimizers}
     cases = cartesian(optimizer=options.optimizers, sharding=options.shardings)
     if not cases:
         raise ValueError("there is nothing to measure: an option that takes several values got none")
     what = "sharding of the optimizer's state"
-    settings = shared_settings(options)
+    settings = ranks.shared_settings(options)
     file = result_file(options, what, device, **settings)
-    rows = start_ranks(options, measure_sharding, device, options, configs, cases, file)
+    rows = ranks.start_ranks(options, measure_sharding, device, options, configs, cases, file)
     names = ("optimizer", "sharding")
     columns = (*names, *STATE_AND_TIME)
     print_table(f"{what}: its bytes, and time", rows, columns, settings=names[:1], common=settings)
     if device.type == "cuda":
         print_table("memory", rows, (*names, *MEMORY, "predicted_held_GB"), settings=names[:1])
     if device.type == "cpu":
-        print(NO_MEMORY_ON_CPU)
+        print(ranks.NO_MEMORY_ON_CPU)
     file.announce()
 
 
@@ -63,7 +49,7 @@ def measure_sharding(
         config = replace(configs[case["optimizer"]], container="bucketed", sharding=case["sharding"])
         return measure_memory_and_time(config, rank, options)
 
-    return run_cases(rank, cases, measure, partial(summarize, options), file)
+    return ranks.run_cases(rank, cases, measure, partial(summarize, options), file)
 
 
 def measure_memory_and_time(config: StepConfig, rank: Rank, options: RanksMeasurement) -> Row:
@@ -72,34 +58,34 @@ def measure_memory_and_time(config: StepConfig, rank: Rank, options: RanksMeasur
     Memory is that of a later step, when the optimizer has its state.
     """
     device = rank.device
-    clear_memory_statistics(device)
+    ranks.clear_memory_statistics(device)
     step = TrainingStep(config, rank)
-    row: Row = {"init_GB": peak_gb(device)}
+    row: Row = {"init_GB": ranks.peak_gb(device)}
     for _ in range(max(1, options.warmup)):
         step.full()
     peaks: list[float | None] = []
 
     def mark() -> None:
         synchronize(device)
-        peaks.append(peak_gb(device))
-        clear_memory_statistics(device)
+        peaks.append(ranks.peak_gb(device))
+        ranks.clear_memory_statistics(device)
 
-    clear_memory_statistics(device)
+    ranks.clear_memory_statistics(device)
     step.full(mark)  # marks the end of the backward pass, of communication, and of the optimizer's step
-    row |= {"before_step_GB": _most(peaks[:2]), "during_step_GB": peaks[2], "held_GB": held_gb(device)}
-    row["state_MB"] = optimizer_state_bytes(step.optimizer) / MB
-    return row | {"times": [time_step(step) for _ in range(options.steps)]}
+    row |= {"before_step_GB": _most(peaks[:2]), "during_step_GB": peaks[2], "held_GB": ranks.held_gb(device)}
+    row["state_MB"] = ranks.optimizer_state_bytes(step.optimizer) / MB
+    return row | {"times": [ranks.time_step(step) for _ in range(options.steps)]}
 
 
 def summarize(options: BenchSharding, case: Row, of_ranks: list[Row]) -> Row:
     """Make the rest of a row: the largest of each measurement among the ranks, and the predictions."""
     row: Row = {}
     for key in MEMORY:
-        row |= largest(of_ranks, key)
+        row |= ranks.largest(of_ranks, key)
     states = [one["state_MB"] for one in of_ranks]
     count = sum(parameter_counts(model_config(options.size, options.context)).values())
     sharded = case["sharding"] != "none"
-    times = summary([one["times"] for one in of_ranks])
+    times = ranks.summary([one["times"] for one in of_ranks])
     return row | {
         "predicted_held_GB": training_bytes_per_rank(count, options.processes, 1 if sharded else 0) / GB,
         "state_MB": max(states),

@@ -16,24 +16,9 @@ from cs336_systems.parallel import ShardedOptimizer
 from cs336_systems.parallel.process_group import Rank
 from cs336_systems.parallel.torch_fsdp2 import local_part
 from cs336_systems.theory.activations import CheckpointStrategy
+from cs336_systems.training import choices
 from cs336_systems.training.blocks import blocks_of, compile_blocks
 from cs336_systems.training.checkpointing import apply_checkpointing
-from cs336_systems.training.choices import (
-    ATTENTIONS,
-    CONTAINERS,
-    LOSSES,
-    OPTIMIZERS,
-    AttentionName,
-    BucketSize,
-    ContainerName,
-    LossName,
-    Mode,
-    OptimizerName,
-    Pass,
-    Precision,
-    StateSharding,
-    resolve,
-)
 from cs336_systems.training.containers import HeadWithLoss
 
 #: The named ranges of a step, in order.
@@ -53,23 +38,23 @@ class StepConfig:
     """Device that the step runs on; a rank has its own."""
     batch_size: int = 4
     """Sequences per step and rank."""
-    attention: AttentionName = "plain"
+    attention: choices.AttentionName = "plain"
     """Which attention."""
-    precision: Precision = "float32"
+    precision: choices.Precision = "float32"
     """Precision of the forward and backward pass."""
-    mode: Mode = "eager"
+    mode: choices.Mode = "eager"
     """Whether torch.compile is used, and for what."""
-    optimizer: OptimizerName = "basics"
+    optimizer: choices.OptimizerName = "basics"
     """Which AdamW."""
-    loss: LossName = "plain"
+    loss: choices.LossName = "plain"
     """Which cross-entropy."""
     checkpointing: CheckpointStrategy = "none"
     """Which blocks' forward passes are repeated in the backward pass."""
-    container: ContainerName = "none"
+    container: choices.ContainerName = "none"
     """How the ranks work together."""
-    bucket_mib: BucketSize = "auto"
+    bucket_mib: choices.BucketSize = "auto"
     """Size of a bucket of the containers that have buckets."""
-    sharding: StateSharding = "none"
+    sharding: choices.StateSharding = "none"
     """What shards the optimizer's state."""
     optimizer_options: Mapping[str, Any] = field(default_factory=lambda: {"lr": LEARNING_RATE})
     """Options of the optimizer."""
@@ -146,11 +131,11 @@ class TrainingStep:
         self.config, self.device = config, rank.device if rank else config.device
         shape = config.model
         torch.manual_seed(0)
-        attention = attention or resolve(ATTENTIONS, config.attention)
+        attention = attention or choices.resolve(choices.ATTENTIONS, config.attention)
         self.model = BasicsTransformerLM.from_config(shape, causal_attention=attention, device=self.device)
         if config.checkpointing != "none":
             apply_checkpointing(self.model, config.checkpointing)
-        self._loss: Callable[..., Tensor] = resolve(LOSSES, config.loss)
+        self._loss: Callable[..., Tensor] = choices.resolve(choices.LOSSES, config.loss)
         if config.mode == "compiled-blocks":
             compile_blocks(*blocks_of(self.model))
         if config.mode != "eager" and config.loss == "plain":  # the fused loss consists of kernels already
@@ -159,7 +144,7 @@ class TrainingStep:
         if config.loss != "plain":
             self.module = ModelWithLoss(self.model, self._loss, compiled=config.mode == "compiled-model")
         if rank:
-            self.module = resolve(CONTAINERS, config.container)(self.module, config, rank)
+            self.module = choices.resolve(choices.CONTAINERS, config.container)(self.module, config, rank)
         self._logits: Callable[[Tensor], Tensor] = self.model
         if config.mode == "compiled-model":
             self._logits = torch.compile(self.model)
@@ -219,7 +204,7 @@ class TrainingStep:
         mark()
         return loss
 
-    def run(self, which: Pass) -> None:
+    def run(self, which: choices.Pass) -> None:
         """Run one pass and drop its result."""
         {
             "inference": self.inference,
@@ -287,7 +272,7 @@ def torch_loss(
 
 
 def _new_optimizer(config: StepConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    optimizer_class = resolve(OPTIMIZERS, config.optimizer)
+    optimizer_class = choices.resolve(choices.OPTIMIZERS, config.optimizer)
     if config.sharding == "ours":
         return ShardedOptimizer(parameters, optimizer_class, **config.optimizer_options)
     if config.sharding == "torch":

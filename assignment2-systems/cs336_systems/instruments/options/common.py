@@ -1,7 +1,9 @@
 """Options that several commands share."""
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 from cs336_systems.training.choices import AttentionName, LossName, Precision, SizeName
 from cs336_systems.training.options import computed, gpu_count, gpu_or_cpu
@@ -17,6 +19,12 @@ class Measurement:
     """The result is written to <out>/<name>.json."""
     out: Path = Path("results")
     """Folder for the result."""
+    instrument: ClassVar[str]
+    """The module that measures, whose function `run` takes these options."""
+
+    def execute(self) -> None:
+        """Run the command, which imports its instrument, and with it torch, only now."""
+        import_module(f"cs336_systems.instruments.{self.instrument}").run(self)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Options of the commands that measure several ranks."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 
@@ -39,11 +39,7 @@ class BenchAllreduce(Measurement):
     timeout_s: float = 600.0
     """A set of ranks that has not finished after this many seconds is killed."""
     name: str = "bench_allreduce"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import all_reduce
-
-        all_reduce.run(self)
+    instrument: ClassVar[str] = "all_reduce"
 
 
 @dataclass(frozen=True)
@@ -72,11 +68,7 @@ class BenchDdp(RanksMeasurement):
     keep_traces: bool = False
     """Keep the profiler's traces of --trace: <out>/<name>_<variant>.trace.json.gz."""
     name: str = "bench_ddp"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import ddp
-
-        ddp.run(self)
+    instrument: ClassVar[str] = "ddp"
 
 
 @dataclass(frozen=True)
@@ -88,11 +80,7 @@ class BenchSharding(RanksMeasurement):
     shardings: tuple[StateSharding, ...] = ("none", "ours", "torch")
     """none: each rank keeps all state. ours: ShardedOptimizer. torch: ZeroRedundancyOptimizer."""
     name: str = "bench_sharding"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import sharding
-
-        sharding.run(self)
+    instrument: ClassVar[str] = "sharding"
 
 
 @dataclass(frozen=True)
@@ -109,11 +97,7 @@ class BenchFsdp(RanksMeasurement):
     optimizer: OptimizerName = "basics"
     """basics: Assignment 1's AdamW. fused: the same in one kernel. torch: PyTorch's."""
     name: str = "bench_fsdp"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import fsdp
-
-        fsdp.run(self)
+    instrument: ClassVar[str] = "fsdp"
 
 
 def _up_to_all_gpus() -> tuple[int, ...]:
@@ -156,11 +140,7 @@ class Scaling(Measurement):
     minutes: float = 8.0
     """Start no set that is unlikely to finish within this time, and end one that does not."""
     name: str = "scaling"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import scaling
-
-        scaling.run(self)
+    instrument: ClassVar[str] = "scaling"
 
 
 @dataclass(frozen=True)
@@ -199,8 +179,4 @@ class Leaderboard2026(Measurement):
     timeout_s: float = 1200.0
     """Seconds for all ranks of a contestant together."""
     name: str = "leaderboard_2026"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import leaderboard_2026
-
-        leaderboard_2026.run(self)
+    instrument: ClassVar[str] = "leaderboard_2026"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from cs336_systems.instruments.options.common import Measurement
 from cs336_systems.training.choices import SizeName
@@ -28,11 +29,7 @@ class Accounting(Measurement):
     call_overhead_us: float = 30.0
     """Overhead of a call of all-reduce (an assumption)."""
     name: str = "accounting"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import accounting
-
-        accounting.run(self)
+    instrument: ClassVar[str] = "accounting"
 
 
 @dataclass(frozen=True)
@@ -44,8 +41,4 @@ class FitBuckets(Measurement):
     all_reduce: Path = Path("results/all_reduce/bench_allreduce_nccl.json")
     """A result of bench-allreduce with the same number of ranks on the same devices."""
     name: str = "bucket_fit"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import bucket_fit
-
-        bucket_fit.run(self)
+    instrument: ClassVar[str] = "bucket_fit"

@@ -1,7 +1,7 @@
 """Options of the commands that measure a training step, or attention alone, on one device."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from cs336_systems.instruments.options.common import Measurement, StepGrid
 from cs336_systems.theory.activations import CheckpointStrategy
@@ -36,11 +36,7 @@ class BenchStep(StepGrid):
     steps: int = 10
     """Steps that are timed."""
     name: str = "bench_step"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import step
-
-        step.run(self)
+    instrument: ClassVar[str] = "step"
 
 
 @dataclass(frozen=True)
@@ -72,11 +68,7 @@ class Profile(Measurement):
     """Leave torch.profiler out and mark the steps for `nsys profile --capture-range=cudaProfilerApi`."""
     name: str = "profile"
     """Results are written to <out>/<name>.json and <out>/<name>.trace.json.gz."""
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import profile
-
-        profile.run(self)
+    instrument: ClassVar[str] = "profile"
 
 
 @dataclass(frozen=True)
@@ -92,11 +84,7 @@ class Memory(StepGrid):
     """Also record every allocation of one step of each case and draw it: <out>/<name>_<case>.pickle, for
     https://pytorch.org/memory_viz, and <out>/<name>_<case>.png."""
     name: str = "memory"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import memory
-
-        memory.run(self)
+    instrument: ClassVar[str] = "memory"
 
 
 @dataclass(frozen=True)
@@ -114,11 +102,7 @@ class Checkpointing(StepGrid):
     steps: int = 5
     """Forward and backward passes that are timed."""
     name: str = "checkpointing"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import checkpointing
-
-        checkpointing.run(self)
+    instrument: ClassVar[str] = "checkpointing"
 
 
 @dataclass(frozen=True)
@@ -126,11 +110,7 @@ class MixedPrecision(Measurement):
     """Show where half precision loses accuracy, and the dtypes of a small model under autocast; takes a second."""
 
     name: str = "mixed_precision"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import mixed_precision
-
-        mixed_precision.run(self)
+    instrument: ClassVar[str] = "mixed_precision"
 
 
 @dataclass(frozen=True)
@@ -154,11 +134,7 @@ class BenchAttention(Measurement):
     steps: int = gpu_or_cpu(100, 20)
     """Forward and backward passes that are timed."""
     name: str = "bench_attention"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import attention
-
-        attention.run(self)
+    instrument: ClassVar[str] = "attention"
 
 
 @dataclass(frozen=True)
@@ -181,11 +157,7 @@ class BenchFlash(Measurement):
     rep_ms: int = gpu_or_cpu(100, 20)
     """How long each median is measured, in ms."""
     name: str = "bench_flash"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import flash
-
-        flash.run(self)
+    instrument: ClassVar[str] = "flash"
 
 
 @dataclass(frozen=True)
@@ -205,8 +177,4 @@ class Leaderboard2025(Measurement):
     rep_ms: int = 1000
     """How long each median of a round is measured, in ms."""
     name: str = "leaderboard_2025"
-
-    def execute(self) -> None:
-        from cs336_systems.instruments import leaderboard_2025
-
-        leaderboard_2025.run(self)
+    instrument: ClassVar[str] = "leaderboard_2025"
