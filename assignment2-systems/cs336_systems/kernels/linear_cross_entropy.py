@@ -1,17 +1,19 @@
-"""The head of a language model and its loss in one operator, which never holds all logits at once.
+"""The head of a language model and its loss in one operator, which never holds all logits at the same time.
 
-For 32 768 tokens and a vocabulary of 50 257 the logits alone take 3.3 GB in bfloat16, and their float32
-copies several times that. Here the tokens pass in chunks. A chunk's logits come from one matrix product and
-are turned, in place, into the gradient of the loss, from which two more matrix products make the chunk's
-share of the gradients of `hidden` and `weight`. All of it happens in the forward pass: the backward pass
-only multiplies by the incoming gradient, and no product is computed twice.
+    loss = mean over tokens of -log softmax(h Wᵀ)[target]        dlogits = (softmax(h Wᵀ) - onehot(target)) / tokens
 
-The idea is that of Liger-Kernel (Hsu et al. 2024, section 3.2, "FusedLinearCrossEntropy"). Wijmans et al. 2024
-("Cut your losses in large-vocabulary language models") go further and keep even a chunk's logits on chip,
-for the price of computing them twice.
+For 32 768 tokens and a vocabulary of 50 257 the logits alone take 3.3 GB in bfloat16, and their float32 copies several
+times that. Here the tokens are processed in chunks. A chunk's logits come from one matmul and are turned, in place,
+into the gradient of the loss, from which two more matmuls compute the chunk's share of the gradients of `hidden` and
+`weight`. All of this happens in the forward pass: the backward pass only multiplies by the incoming gradient, and no
+matmul is computed twice.
+
+Sources: the idea is that of Liger-Kernel (Hsu et al. 2024, section 3.2, "FusedLinearCrossEntropy"). Wijmans et al. 2024
+("Cut your losses in large-vocabulary language models") go further and keep even a chunk's logits on chip, at the price
+of computing them twice.
 """
 
-# The arguments of kernels, and autograd's contexts, have no types that say anything.
+# The arguments of kernels and autograd's contexts have no informative types.
 # ruff: noqa: ANN001, ANN202
 
 from typing import no_type_check
@@ -30,15 +32,15 @@ _TARGET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 #: A chunk has about this many logits (256 MiB in bfloat16) ...
 CHUNK_LOGITS = 2**27
-#: ... but at least this many tokens: each chunk reads and writes the whole gradient of `weight`, which its
-#: matrix product hides only behind enough arithmetic.
+#: ... but at least this many tokens: each chunk reads and writes the full gradient of `weight`, which only enough
+#: arithmetic in its matmul can hide.
 CHUNK_TOKENS_AT_LEAST = 2048
 
 
 def linear_cross_entropy_reference(
     hidden: Float[Tensor, "*batch d_model"], weight: Float[Tensor, "vocab d_model"], targets: Int[Tensor, "*batch"]
 ) -> Float[Tensor, ""]:
-    """The same in plain PyTorch, with all logits: `cross_entropy(hidden @ weight.T, targets)`."""
+    """Compute the loss in plain PyTorch, with all logits: `cross_entropy(hidden @ weight.T, targets)`."""
     return cross_entropy(hidden @ weight.T, targets)
 
 
@@ -48,15 +50,15 @@ def linear_cross_entropy(
     targets: Int[Tensor, "*batch"],
     chunk_tokens: int | None = None,
 ) -> Float[Tensor, ""]:
-    """The mean of -log softmax(hidden @ weight.T)[target], in nats, over all tokens, in float32.
+    """Compute the mean of -log softmax(hidden @ weight.T)[target] over all tokens, in nats, in float32.
 
-    Under autocast `hidden` and `weight` are cast to its dtype, as a linear layer would; their gradients have
-    the dtypes of `hidden` and `weight`. Second derivatives are not provided. A target that is not in
-    [0, vocab) makes the loss NaN, since looking at the targets would make the host wait for the GPU.
+    Under autocast `hidden` and `weight` are cast to its dtype, as in a linear layer; their gradients have the dtypes of
+    `hidden` and `weight`. There are no second derivatives. A target that is not in [0, vocab) makes the loss NaN, since
+    checking the targets would make the host wait for the GPU.
 
     Args:
-        hidden: output of the final norm.
-        weight: of the head, one row a token id.
+        hidden: hidden states after the final norm.
+        weight: weight of the head, one row per token id.
         targets: token ids.
         chunk_tokens: tokens whose logits exist at a time; default `default_chunk_tokens(vocab)`.
 
@@ -81,7 +83,7 @@ def linear_cross_entropy(
 
 
 def default_chunk_tokens(vocab: int) -> int:
-    """About `CHUNK_LOGITS` / vocab, at least `CHUNK_TOKENS_AT_LEAST`, and a multiple of 128."""
+    """Return about `CHUNK_LOGITS` / vocab, at least `CHUNK_TOKENS_AT_LEAST`, and a multiple of 128."""
     return max(CHUNK_LOGITS // vocab, CHUNK_TOKENS_AT_LEAST) // 128 * 128
 
 
@@ -118,30 +120,25 @@ def _check_inputs(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens:
 
 @torch.library.custom_op("cs336_systems::linear_cross_entropy", mutates_args=())
 def _loss_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    chunk_tokens: int,
-    dtype: torch.dtype,
-    hidden_gradient: bool,
-    weight_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and, where asked for, its gradients, else empty tensors.
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, dtype: torch.dtype,
+    hidden_gradient: bool, weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute the loss and, if requested, its gradients, otherwise empty tensors.
 
     Args:
         hidden: [tokens d_model].
         weight: [vocab d_model].
         targets: [tokens].
         chunk_tokens: tokens whose logits exist at a time.
-        dtype: of the logits and the operands of the matrix products.
-        hidden_gradient: compute the gradient of the *sum* of the losses by `hidden`, [tokens d_model] in `dtype`:
-            with a mean's factor 1/tokens in it, float16 would lose its small entries.
+        dtype: of the logits and the operands of the matmuls.
+        hidden_gradient: compute the gradient of the *sum* of the losses by `hidden`, [tokens d_model] in `dtype`: with
+            the mean's factor 1/tokens, float16 would lose its small entries.
         weight_gradient: compute the gradient of the mean by `weight`, [vocab d_model] in float32.
     """
     tokens, d_model = hidden.shape
     vocab = weight.shape[0]
-    # Matrix products and vector loads are fast only where rows begin at multiples of 16 bytes: 50 257 is
-    # rounded up with rows of zeros, which the kernel leaves out of the softmax.
+    # Matmuls and vector loads are fast only if rows begin at multiples of 16 bytes: 50 257 is rounded up with rows of
+    # zeros, which the kernel leaves out of the softmax.
     width = vocab if vocab % 16 == 0 else triton.cdiv(vocab, 64) * 64
     loss, d_hidden, d_weight = _outputs(hidden, weight, width, dtype, hidden_gradient, weight_gradient)
     if tokens == 0:
@@ -163,15 +160,9 @@ def _loss_and_gradients(
             logits = buffer[: len(hidden_chunk)]
             torch.mm(hidden_chunk, matrix.T, out=logits)
             _cross_entropy_kernel[(len(logits),)](
-                logits,
-                targets[part].contiguous(),
-                losses[part],
-                vocab,
-                width,
-                GRADIENT=hidden_gradient or weight_gradient,
-                BLOCK=block,
-                num_warps=max(4, block // 512),
-            )
+                logits, targets[part].contiguous(), losses[part], vocab, width,
+                GRADIENT=hidden_gradient or weight_gradient, BLOCK=block, num_warps=max(4, block // 512),
+            )  # fmt: skip
             if hidden_gradient:
                 torch.mm(logits, matrix, out=d_hidden[part])
             if weight_gradient:
@@ -180,7 +171,7 @@ def _loss_and_gradients(
     return loss, d_hidden, d_weight[:vocab] if weight_gradient else d_weight
 
 
-@no_type_check  # torch.compile calls it with a symbolic `width`, which is no `int` to the checker of the tests
+@no_type_check  # torch.compile calls it with a symbolic `width`, which is not an `int` to the checker of the tests
 def _outputs(
     hidden: Tensor, weight: Tensor, width: int, dtype: torch.dtype, hidden_gradient: bool, weight_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +184,7 @@ def _outputs(
 
 
 def _accumulate(total: Tensor, d_logits: Tensor, hidden: Tensor, beta: float, alpha: float) -> None:
-    """Total ← beta · total + alpha · d_logitsᵀ hidden, summed in float32 whatever the dtype of the factors."""
+    """Set total to beta · total + alpha · d_logitsᵀ hidden, summed in float32 for any dtype of the factors."""
     if d_logits.dtype == total.dtype or not total.is_cuda:
         total.addmm_(d_logits.T.to(total.dtype), hidden.to(total.dtype), beta=beta, alpha=alpha)
     else:
@@ -202,14 +193,9 @@ def _accumulate(total: Tensor, d_logits: Tensor, hidden: Tensor, beta: float, al
 
 @_loss_and_gradients.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    chunk_tokens: int,
-    dtype: torch.dtype,
-    hidden_gradient: bool,
-    weight_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_tokens: int, dtype: torch.dtype,
+    hidden_gradient: bool, weight_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _outputs(hidden, weight, weight.shape[0], dtype, hidden_gradient, weight_gradient)
 
 
@@ -220,7 +206,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.tokens, ctx.dtypes = hidden.shape[0], (hidden.dtype, weight.dtype)
     ctx.save_for_backward(d_hidden, d_weight)
     ctx.mark_non_differentiable(d_hidden, d_weight)
-    ctx.set_materialize_grads(False)  # or zeros of the size of `weight` would stand for gradients of gradients
+    ctx.set_materialize_grads(False)  # otherwise zeros of the size of `weight` would stand for gradients of gradients
 
 
 @no_type_check
@@ -232,7 +218,7 @@ def _backward(ctx, d_loss, _d_hidden, _d_weight):
     d_hidden, d_weight = ctx.saved_tensors
     hidden_dtype, weight_dtype = ctx.dtypes
     return (
-        # A half-precision product would round the factor, and with it all entries in the same direction.
+        # In half precision the factor would be rounded, and with it all entries in the same direction.
         (d_hidden.float() * (d_loss / ctx.tokens)).to(hidden_dtype) if ctx.hidden_gradient else None,
         (d_weight * d_loss).to(weight_dtype) if ctx.weight_gradient else None,
         *(None,) * 5,
@@ -243,21 +229,21 @@ _loss_and_gradients.register_autograd(_backward, setup_context=_setup_context)
 
 
 @triton.jit
-@no_type_check  # the shape checker of the tests wraps functions, and Triton wants the function itself
+@no_type_check  # the shape checker of the tests wraps functions, and Triton needs the function itself
 def _cross_entropy_kernel(
     logits_ptr, targets_ptr, losses_ptr, vocab, width, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One token: its loss, and in place of its logits softmax(logits) - onehot(target).
+    """Compute one token's loss, and replace its logits by softmax(logits) - onehot(target).
 
-    A row has `width` columns in memory. Those from `vocab` on are padding; they count for nothing and become 0.
-    Masks compare with `width`, a multiple of 16, so that they do not break up vector loads.
+    A row has `width` columns in memory. Columns from `vocab` on are padding; they are ignored and become 0. Masks
+    compare with `width`, a multiple of 16, so that they do not split vector loads.
     """
     token = tl.program_id(0).to(tl.int64)
     logits_ptr += token * width
     columns = tl.arange(0, BLOCK)
     target = tl.load(targets_ptr + token)
     known = (target >= 0) & (target < vocab)
-    # Read before other threads of this program overwrite it.
+    # Read this before other threads of this program overwrite it.
     target_logit = tl.load(logits_ptr + target, mask=known, other=0.0).to(tl.float32)
 
     # Milakov & Gimelshein 2018: the sum is rescaled when the maximum grows.

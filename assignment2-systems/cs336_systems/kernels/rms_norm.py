@@ -1,14 +1,17 @@
-"""RMSNorm (Zhang & Sennrich 2019), forward and backward, as two Triton kernels.
+"""An exhibit that no training step uses: RMSNorm as two Triton kernels, forward and backward.
 
-With r = 1 / √(mean(x²) + eps), x̂ = r x and weight w the output is y = x̂ ⊙ w, and its gradients are
+It is the smallest kernel here with a backward pass, and faster than eager PyTorch; but torch.compile writes an equally
+fast kernel by itself and can fuse it with its neighbors (LOG.md). With r = 1 / √(mean(x²) + eps), x̂ = r x and weight w,
+the output is y = x̂ ⊙ w, and its gradients are
 
     dx = r · (dy ⊙ w - x̂ · mean(dy ⊙ w ⊙ x̂))          dw = Σ over rows of dy ⊙ x̂
 
-Both are limited by memory alone. The forward kernel reads x once and keeps r, the backward kernel reads x and
-dy once.
+Both are limited by memory alone. The forward kernel reads x once and keeps r; the backward kernel reads x and dy once.
+
+Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
 """
 
-# The arguments of kernels, and autograd's contexts, have no types that say anything.
+# The arguments of kernels and autograd's contexts have no informative types.
 # ruff: noqa: ANN001, ANN202
 
 from typing import no_type_check
@@ -30,15 +33,15 @@ MAX_WIDTH = 16_384
 def rms_norm_reference(
     x: Float[Tensor, "... d"], weight: Float[Tensor, " d"], eps: float = 1e-5
 ) -> Float[Tensor, "... d"]:
-    """The same in plain PyTorch."""
+    """Compute RMSNorm in plain PyTorch."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def rms_norm(x: Float[Tensor, "... d"], weight: Float[Tensor, " d"], eps: float = 1e-5) -> Float[Tensor, "... d"]:
-    """x / √(mean(x²) + eps) · weight along the last dimension, computed in float32, returned in x's dtype.
+    """Compute x / √(mean(x²) + eps) · weight along the last dimension, in float32; return it in x's dtype.
 
-    The same inputs give the same bits, gradients included.
+    The same inputs give the same bits, including gradients.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or the tensors are where Triton cannot run.
@@ -75,7 +78,7 @@ def _check_inputs(x: Tensor, weight: Tensor) -> None:
 
 @torch.library.custom_op("cs336_systems::rms_norm", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Output [... d] in x's dtype, and 1 / √(mean(x²) + eps), [...] in float32."""
+    """Compute the output [... d] in x's dtype, and 1 / √(mean(x²) + eps), [...] in float32."""
     x, weight = x.contiguous(), weight.contiguous()
     y, inverse_rms = _forward_outputs(x, weight, eps)
     if x.numel():
@@ -96,12 +99,12 @@ def _forward_outputs(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 
 @torch.library.custom_op("cs336_systems::rms_norm_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, [... d], and of weight, [d]."""
+    """Compute the gradients of x, [... d], and of weight, [d]."""
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     d = x.shape[-1]
     options = _launch_options(d)
-    # Each program sums dw over rows of its own and writes the sum to a row of its own: no atomics, whose order,
-    # and so whose rounding, differs from run to run. 32 warps a multiprocessor keep its memory busy.
+    # Each program sums dw over its own rows and writes the sum to its own row, without atomics, whose order, and so
+    # whose rounding, differs from run to run. 32 warps per multiprocessor keep its memory busy.
     programs = 4
     if x.is_cuda:
         programs = torch.cuda.get_device_properties(x.device).multi_processor_count * (32 // options["num_warps"])
@@ -124,7 +127,7 @@ def _(dy: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tenso
 
 def _launch_options(d: int) -> dict[str, int]:
     block = triton.next_power_of_2(d)
-    return {"BLOCK": block, "num_warps": min(32, max(1, block // 256))}  # 8 elements a thread, where possible
+    return {"BLOCK": block, "num_warps": min(32, max(1, block // 256))}  # 8 elements per thread, if possible
 
 
 @no_type_check
@@ -145,9 +148,9 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @triton.jit
-@no_type_check  # the shape checker of the tests wraps functions, and Triton wants the function itself
+@no_type_check  # the shape checker of the tests wraps functions, and Triton needs the function itself
 def _forward_kernel(x_ptr, weight_ptr, y_ptr, inverse_rms_ptr, d, eps, BLOCK: tl.constexpr):
-    """One row."""
+    """Normalize one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < d
@@ -161,7 +164,7 @@ def _forward_kernel(x_ptr, weight_ptr, y_ptr, inverse_rms_ptr, d, eps, BLOCK: tl
 @triton.jit
 @no_type_check
 def _backward_kernel(dy_ptr, x_ptr, weight_ptr, inverse_rms_ptr, dx_ptr, partial_dw_ptr, rows, d, BLOCK: tl.constexpr):
-    """Rows p, p + P, p + 2P, ... for program p of P."""
+    """Compute the gradients of rows p, p + P, p + 2P, ... for program p of P."""
     program = tl.program_id(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < d

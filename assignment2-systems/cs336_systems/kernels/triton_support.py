@@ -1,4 +1,4 @@
-"""Where the Triton kernels run: on a GPU, or in Triton's interpreter, which is slow, on a CPU."""
+"""Where the Triton kernels can run: on a GPU, or slowly, in Triton's interpreter, on a CPU."""
 
 from torch import Tensor
 
@@ -7,8 +7,8 @@ try:
 except ModuleNotFoundError:  # Triton exists for Linux only
     INTERPRETED = False
 else:
-    #: Whether TRITON_INTERPRET=1 runs the kernels in Python, on CPU tensors. Triton looks at it when a kernel is
-    #: defined, so that it has to be set before the import.
+    #: Whether TRITON_INTERPRET=1 runs the kernels in Python, on CPU tensors. Triton reads it when a kernel is defined,
+    #: so it has to be set before the import.
     INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -17,11 +17,11 @@ def check_device(tensor: Tensor, subject: str, instead: str) -> None:
 
     Args:
         tensor: an input of a kernel.
-        subject: the beginning of the error: "the tensors are", say.
-        instead: what to do in place of running the kernel.
+        subject: the beginning of the error, for example "the tensors are".
+        instead: the remedy, besides the interpreter.
 
     Raises:
-        ValueError: it is on such a device.
+        ValueError: the tensor is on such a device.
     """
     if not (tensor.is_cuda or INTERPRETED):
         raise ValueError(

@@ -269,7 +269,7 @@ def test_precision():
             torch.set_float32_matmul_precision(asked)
             assert triton_ops.precision_of(torch.float32) == expected
             first, *smaller = triton_ops.tiles_for("dq", 64, torch.float32)
-            assert all(tiles.queries * tiles.keys < first.queries * first.keys for tiles in smaller)
+            assert all(tiles.block_m * tiles.block_n < first.block_m * first.block_n for tiles in smaller)
             assert triton_ops.precision_of(torch.float16) == triton_ops.precision_of(torch.bfloat16) == "ieee"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -21,7 +21,6 @@ from cs336_systems.parallel import (
     FlatDataParallel,
     NaiveDataParallel,
     OverlappedDataParallel,
-    bucketed,
 )
 from cs336_systems.parallel.process_group import Rank
 from tests.toy_models import (
@@ -428,7 +427,7 @@ def test_messages_start_during_the_backward_pass(workers, wrap):
 
 
 def check_shrinking_buckets(process, sizes, expected):
-    with mock.patch.multiple(bucketed, LEAST_MB=8 / 2**20, SHARE=1 / 4):  # 2 elements
+    with mock.patch.multiple(overlapped, MIN_BUCKET_MIB=8 / 2**20, BUCKET_FRACTION=1 / 4):  # 2 elements
         buckets = BucketedDataParallel(Numbers(*sizes))._buckets
     assert [sum(parameter.numel() for parameter in bucket) for bucket in buckets] == expected
 

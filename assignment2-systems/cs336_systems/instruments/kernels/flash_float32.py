@@ -39,7 +39,7 @@ def kernel_rows(inputs: Sequence[Tensor], expected: Sequence[Tensor], rep_ms: in
             errors = [relative_error(x, expected[which]) for x, which in zip(written, WRITES[kernel])]
             ms = median_ms(partial(run, tiles), inputs[0].device, rep_ms=rep_ms)
         yield {
-            "d": d, "kernel": kernel, "precision": precision, "queries": tiles.queries, "keys": tiles.keys,
+            "d": d, "kernel": kernel, "precision": precision, "queries": tiles.block_m, "keys": tiles.block_n,
             "warps": tiles.warps, "error": max(errors), "ms": ms,
         }  # fmt: skip
 

@@ -75,7 +75,7 @@ def search(kernel: str, d: int, heads: int, sequence: int, dtype: torch.dtype, r
     flops = MATMULS[kernel] * 2 * heads * sequence**2 / 2 * d
     rows, first = [], None
     for tiles in candidates(kernel, d, dtype):
-        row = {"kernel": kernel, "d": d, "queries": tiles.queries, "keys": tiles.keys, "warps": tiles.warps,
+        row = {"kernel": kernel, "d": d, "queries": tiles.block_m, "keys": tiles.block_n, "warps": tiles.warps,
                "stages": tiles.stages, "registers": tiles.registers}  # fmt: skip
         for tensor in written:
             tensor.fill_(torch.nan)

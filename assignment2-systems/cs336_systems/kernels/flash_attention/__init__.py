@@ -1,7 +1,10 @@
-"""FlashAttention-2 (Dao 2023): exact attention whose memory grows with the length, not with its square.
+"""FlashAttention-2 (Dao 2023): exact attention whose memory grows linearly with the sequence length.
 
-`reference` says what is computed, in plain PyTorch; `triton_kernels` computes it on a GPU, `triton_ops` launches
-that; `multihead` is what a Transformer calls.
+reference         the algorithm in plain PyTorch: read this first
+triton_kernels    the same algorithm on a GPU
+triton_ops        launches the kernels: tile sizes, torch.compile, autograd
+multihead         the function that a Transformer calls
+shapes            checks of the inputs
 """
 
 from cs336_systems.kernels.flash_attention.multihead import FlashAttentionTriton, flash_attention

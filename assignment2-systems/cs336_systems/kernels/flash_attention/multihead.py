@@ -1,4 +1,4 @@
-"""Attention for a Transformer, and what stands in for the Triton kernels on a machine that has no Triton."""
+"""Attention for a Transformer, and a stand-in for the Triton kernels on a machine without Triton."""
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         raise
 
     class FlashAttentionTriton(Function):  # type: ignore[no-redef]
-        """Raises, because Triton is not installed; it exists for Linux only."""
+        """Raise an error, because Triton is not installed; it exists for Linux only."""
 
         @staticmethod
         def forward(ctx: object, Q: Tensor, K: Tensor, V: Tensor, is_causal: bool = False) -> Tensor:
@@ -25,11 +25,12 @@ def flash_attention(
     v: Float[Tensor, "... kv_heads keys d"],
     is_causal: bool = True,
 ) -> Float[Tensor, "... heads queries d"]:
-    """Attention of many heads on a GPU; fits `causal_attention` of Assignment 1's model. See `FlashAttentionTriton`.
+    """Compute attention of many heads on a GPU; fits `causal_attention` of Assignment 1's model.
 
-    With fewer heads of keys and values than of queries, each serves a group of queries (Ainslie et al. 2023). Under
-    autocast q, k and v are cast to its dtype, as PyTorch's own attention does. The mask counts from the first key: one
-    query and n keys, as in decoding with a cache, sees key 0 alone; pass is_causal=False there.
+    If there are fewer heads of keys and values than of queries, each serves a group of queries (Ainslie et al. 2023).
+    Under autocast q, k and v are cast to its dtype, as in PyTorch's own attention. The mask counts from the first key:
+    a single query with n keys, as in decoding with a KV cache, sees only key 0; pass is_causal=False there. See
+    `FlashAttentionTriton`.
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)

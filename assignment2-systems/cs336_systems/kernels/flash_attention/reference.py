@@ -1,14 +1,14 @@
 """FlashAttention-2 in plain PyTorch: Algorithms 1 and 2 of Dao 2023 (arXiv 2307.08691), tile by tile.
 
-Attention needs the scores of all queries with all keys, but never all at once. The forward pass walks over the
-keys in tiles and keeps, for each query, the maximum m of the scores seen, the sum l of their exponentials less
-that maximum, and the weighted sum of values; a new maximum rescales what was summed before. The backward pass
-computes the scores again, tile by tile, from the one number a query that the forward pass has kept: L, the
-log-sum-exp of its scores. Memory grows with the length, not with its square.
+Attention needs the scores of all queries with all keys, but never all at the same time. The forward pass goes over the
+keys in tiles and keeps, for each query, the maximum m of the scores so far, the sum l of the exponentials of the scores
+minus that maximum, and the weighted sum of values; a new maximum rescales the earlier sums. The backward pass computes
+the scores again, tile by tile, from one number per query that the forward pass has kept: L, the log-sum-exp of its
+scores. Memory grows linearly with the sequence length.
 
-This file is there to be read, and to check the Triton kernels against. It runs on every device; it masks as the kernels
-do and rounds where they do, while they differ in tile sizes and compute dQ in a loop of its own. As on tensor cores,
-the operands of a matrix product have the inputs' dtype, and sums are kept in float32 (float64 for float64 inputs).
+This file is meant to be read, and the Triton kernels are checked against it. It runs on every device. It masks and
+rounds where the kernels do; they differ in tile sizes, and compute dQ in a separate loop. As on tensor cores, the
+operands of a matmul have the inputs' dtype, and sums are kept in float32 (float64 for float64 inputs).
 """
 
 import math
@@ -29,13 +29,13 @@ def flash_forward(
     query_tile: int = 64,
     key_tile: int = 64,
 ) -> tuple[Float[Tensor, "*batch queries d"], Float[Tensor, "*batch queries"]]:
-    """softmax(Q Kᵀ / √d) V and the log-sum-exp of the scores (Algorithm 1).
+    """Compute softmax(Q Kᵀ / √d) V and the log-sum-exp of the scores (Algorithm 1).
 
     Args:
         Q: queries.
         K: keys, any number of them.
         V: one value per key.
-        is_causal: query i attends to the keys j ≤ i alone, also where there are more or fewer keys than queries.
+        is_causal: query i attends only to the keys j ≤ i, even if there are more or fewer keys than queries.
         query_tile: B_r of the paper, queries per tile.
         key_tile: B_c of the paper, keys per tile.
 
@@ -54,13 +54,13 @@ def flash_forward(
         l_i = torch.zeros(Q_i.shape[:-1], dtype=wide, device=Q.device)
         m_i = torch.full(Q_i.shape[:-1], -torch.inf, dtype=wide, device=Q.device)
 
-        # Key tiles that start right of the last query of this tile are masked as a whole: skip them.
+        # Skip key tiles that begin after the last query of this tile: they are masked entirely.
         visible_keys = min(n_keys, i + query_tile) if is_causal else n_keys
         for j in range(0, visible_keys, key_tile):
             K_j, V_j = K[..., j : j + key_tile, :], V[..., j : j + key_tile, :]
             S_ij = _scores(Q_i, K_j, i, j, is_causal)
-            # Every query sees key 0, so its maximum is finite from the first tile on and no ∞ - ∞ appears
-            # when it sees nothing of a later one.
+            # Every query sees key 0, so its maximum is finite from the first tile on, and ∞ - ∞ cannot occur in a
+            # later tile of which it sees nothing.
             m_new = torch.maximum(m_i, S_ij.amax(dim=-1))
             P_ij = torch.exp(S_ij - m_new[..., None])
             rescale = torch.exp(m_i - m_new)
@@ -68,7 +68,7 @@ def flash_forward(
             O_i = rescale[..., None] * O_i + _matmul(P_ij.to(V.dtype), V_j)
             m_i = m_new
 
-        # A sum of 0 means no keys at all: O_i stays 0, and L = -∞ + log 0 is -∞ by itself.
+        # A sum of 0 means that there are no keys: O_i stays 0, and L = -∞ + log 0 = -∞.
         O[..., i : i + query_tile, :] = (O_i / torch.where(l_i > 0, l_i, 1.0)[..., None]).to(O.dtype)
         L[..., i : i + query_tile] = m_i + torch.log(l_i)
     return O, L
@@ -85,9 +85,9 @@ def flash_backward(
     query_tile: int = 64,
     key_tile: int = 64,
 ) -> tuple[Float[Tensor, "*batch queries d"], Float[Tensor, "*batch keys d"], Float[Tensor, "*batch keys d"]]:
-    """Gradients of Q, K and V, in their dtype, given that of O (Algorithm 2).
+    """Compute the gradients of Q, K and V, in their dtype, from that of O (Algorithm 2).
 
-    Args: those of `flash_forward`, what it returned, and the gradient dO of its output.
+    Args: the arguments of `flash_forward`, its results O and L, and the gradient dO of its output.
     """
     n_queries, n_keys, d = Q.shape[-2], K.shape[-2], Q.shape[-1]
     wide = _accumulator_dtype(Q)
@@ -100,7 +100,7 @@ def flash_backward(
         K_j, V_j = K[..., j : j + key_tile, :], V[..., j : j + key_tile, :]
         dK_j, dV_j = (torch.zeros(K_j.shape, dtype=wide, device=K.device) for _ in range(2))
 
-        # Query tiles that end before this tile's first key see nothing of it: skip them.
+        # Skip query tiles that end before this tile's first key: they see nothing of it.
         first_query = j // query_tile * query_tile if is_causal else 0
         for i in range(first_query, n_queries, query_tile):
             Q_i, dO_i = Q[..., i : i + query_tile, :], dO[..., i : i + query_tile, :]
@@ -120,8 +120,8 @@ def flash_backward(
 class FlashAttentionPyTorch(torch.autograd.Function):
     """`flash_forward` and `flash_backward` for autograd: `FlashAttentionPyTorch.apply(Q, K, V, is_causal=False)`.
 
-    Q is [... n_queries d], K and V are [... n_keys d], and so is what comes back: [... n_queries d]. Saved for
-    the backward pass are Q, K, V, O and L, nothing of size n_queries x n_keys.
+    Q is [... n_queries d], K and V are [... n_keys d], and the result is [... n_queries d]. Q, K, V, O and L are saved
+    for the backward pass, and nothing of size n_queries x n_keys.
     """
 
     @staticmethod
@@ -135,7 +135,7 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        if torch.is_grad_enabled():  # L is no output of the graph, so a second derivative would miss its part
+        if torch.is_grad_enabled():  # L is not an output of the graph, so a second derivative would miss its part
             raise RuntimeError("FlashAttentionPyTorch has no second derivatives: leave out create_graph=True")
         Q, K, V, O, L = ctx.saved_tensors
         with _full_precision(Q):
@@ -146,7 +146,7 @@ class FlashAttentionPyTorch(torch.autograd.Function):
 def _scores(
     Q_i: Float[Tensor, "*batch tile_queries d"], K_j: Float[Tensor, "*batch tile_keys d"], i: int, j: int, causal: bool
 ) -> Float[Tensor, "*batch tile_queries tile_keys"]:
-    """Q_i K_jᵀ / √d of the tile whose first query is i and whose first key is j; -∞ where a key is masked."""
+    """Compute Q_i K_jᵀ / √d of the tile whose first query is i and first key is j; -∞ where a key is masked."""
     S_ij = _matmul(Q_i, K_j.mT) / math.sqrt(Q_i.shape[-1])
     if causal:
         queries = torch.arange(i, i + Q_i.shape[-2], device=Q_i.device)
@@ -156,7 +156,7 @@ def _scores(
 
 
 def _matmul(a: Float[Tensor, "*batch m k"], b: Float[Tensor, "*batch k n"]) -> Float[Tensor, "*batch m n"]:
-    """A b as a tensor core computes it: products of the operands as they are, sums in the accumulator's dtype."""
+    """Compute a b as a tensor core does: operands in their own dtype, sums in the accumulator's dtype."""
     wide = _accumulator_dtype(a)
     return a.to(wide) @ b.to(wide)
 
@@ -166,5 +166,5 @@ def _accumulator_dtype(x: Tensor) -> torch.dtype:
 
 
 def _full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off: it would turn the float32 products of `_matmul` into bfloat16 ones."""
+    """Turn autocast off: it would turn the float32 matmuls of `_matmul` into bfloat16 ones."""
     return torch.autocast(x.device.type, enabled=False)

@@ -1,4 +1,4 @@
-"""What every implementation of attention here asks of its inputs."""
+"""Checks of the inputs of attention, for all implementations here."""
 
 import torch
 from torch import Tensor
@@ -28,24 +28,23 @@ def check_inputs(Q: Tensor, K: Tensor, V: Tensor, grouped: bool = False) -> None
     if not Q.shape[-1] == K.shape[-1] == V.shape[-1] or Q.shape[-1] == 0:
         raise ValueError(
             f"the last dimensions of Q, K and V are {Q.shape[-1]}, {K.shape[-1]} and {V.shape[-1]}, "
-            "but must be one d of at least 1: project them to the same width"
+            "but must be the same and at least 1: project them to the same width"
         )
     if K.shape[-2] != V.shape[-2]:
         raise ValueError(
             f"K has {K.shape[-2]} keys, but V has {V.shape[-2]} values: pass as many values as keys "
-            "(the last but one dimension)"
+            "(the second-to-last dimension)"
         )
     expected = Q.shape[:-2]
     if grouped and Q.dim() == K.dim() > 2 and K.shape[-3] != Q.shape[-3]:
         heads, kv_heads = Q.shape[-3], K.shape[-3]
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(
-                f"Q has {heads} heads, which is no multiple of the {kv_heads} heads of K and V: "
-                "choose a number of heads that is"
+                f"Q has {heads} heads, which is not a multiple of the {kv_heads} heads of K and V: choose a multiple"
             )
         expected = torch.Size((*Q.shape[:-3], kv_heads))
     if not expected == K.shape[:-2] == V.shape[:-2]:
         raise ValueError(
             f"the leading dimensions of Q, K and V are {tuple(Q.shape[:-2])}, {tuple(K.shape[:-2])} and "
-            f"{tuple(V.shape[:-2])}, but must be equal: expand them, for nothing is broadcast"
+            f"{tuple(V.shape[:-2])}, but must be equal: expand them; they are not broadcast"
         )

@@ -1,4 +1,4 @@
-"""Running the Triton kernels: tile sizes, tensor descriptors, operators that torch.compile knows, and autograd."""
+"""Launch the Triton kernels: tile sizes, tensor descriptors, operators for torch.compile, and autograd."""
 
 import functools
 import math
@@ -25,25 +25,27 @@ from cs336_systems.kernels.triton_support import INTERPRETED, check_device
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: Rows of a program of `delta_kernel`; its results are padded to whole tiles of this many.
+#: Rows of a program of `delta_kernel`; its results are padded to whole tiles of this many rows.
 DELTA_ROWS = 128
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel cuts the scores into tiles, and what the compiler may spend on one."""
+    """The size of a kernel's tiles of scores, and the resources that the compiler may use for one."""
 
-    queries: int
-    keys: int
+    block_m: int
+    """Queries."""
+    block_n: int
+    """Keys."""
     warps: int
     stages: int
     """Tiles in flight from memory."""
     registers: int | None = None
-    """The most registers a thread gets. Default: what the compiler wants."""
+    """The most registers per thread. Default: the compiler's choice."""
 
 
-#: (kernel, WIDTH) -> tiles for 16-bit numbers, found by `python -m benchmarks.flash_tiles` on an H200. They are
-#: fixed, and not tuned at the first call, so that nobody waits and the last bits do not depend on a race.
+#: (kernel, HEAD_DIM) -> tiles for 16-bit numbers, found by `python -m cs336_systems.instruments.kernels.flash_tiles` on
+#: an H200. They are fixed, not tuned at the first call, so that no call waits and no bit depends on timing.
 TILES: dict[tuple[str, int], Tiles] = {
     ("forward", 16): Tiles(64, 128, 4, 3),
     ("forward", 32): Tiles(64, 128, 4, 3),
@@ -58,7 +60,7 @@ TILES: dict[tuple[str, int], Tiles] = {
     ("dq", 64): Tiles(128, 64, 4, 3),
     ("dq", 128): Tiles(128, 64, 8, 3),
 }
-#: The same for float32, found with `--dtype fp32` on an H100.
+#: Tiles for float32, found with `--dtype float32` on an H100.
 FLOAT32_TILES: dict[tuple[str, int], Tiles] = {
     ("forward", 16): Tiles(64, 128, 4, 2),
     ("forward", 32): Tiles(64, 128, 4, 2),
@@ -73,17 +75,17 @@ FLOAT32_TILES: dict[tuple[str, int], Tiles] = {
     ("dq", 64): Tiles(128, 64, 8, 2),
     ("dq", 128): Tiles(16, 64, 4, 2),
 }
-#: For TF32, and for smaller GPUs, on which the best tiles do not fit into shared memory.
+#: Tiles for TF32, and for smaller GPUs, where the best tiles do not fit into shared memory.
 SMALL_TILES = (Tiles(64, 64, 4, 2), Tiles(32, 32, 4, 2), Tiles(16, 16, 4, 1))
 
 
 class FlashAttentionTriton(torch.autograd.Function):
     """FlashAttention-2 on a GPU: `FlashAttentionTriton.apply(Q, K, V, is_causal=False)`.
 
-    Q is [... n_queries d], K and V are [... n_keys d], float32, float16 or bfloat16, of any strides, d at most 128;
-    with `is_causal` query i attends to the keys j ≤ i. Returned is O [... n_queries d]. It and the gradients are
-    deterministic. Saved for the backward pass are Q, K, V, O and L. A product of float32 is made of three TF32 products
-    and about as exact (`precision_of`); `torch.set_float32_matmul_precision("high")` asks for a single one.
+    Q is [... n_queries d], K and V are [... n_keys d], float32, float16 or bfloat16, with any strides, d at most 128;
+    with `is_causal` query i attends to the keys j ≤ i. It returns O [... n_queries d]. O and the gradients are
+    deterministic. Q, K, V, O and L are saved for the backward pass. A float32 matmul consists of three TF32 matmuls and
+    is about as exact (`precision_of`); `torch.set_float32_matmul_precision("high")` asks for a single one.
 
     K and V may have fewer heads (the dimension before the sequence) than Q, which is grouped-query attention
     (Ainslie et al. 2023): query head h uses head h // (heads of Q / heads of K).
@@ -92,9 +94,9 @@ class FlashAttentionTriton(torch.autograd.Function):
         ValueError: shapes, dtypes or devices do not fit.
     """
 
-    # Under torch.compile these two are traced. They do no more than call the operators, whose insides are not:
-    # torch 2.13 mistakes sizes that a traced backward pass reads for others when shapes are dynamic. Second derivatives
-    # raise, for `flash_backward` has none.
+    # Under torch.compile these two methods are traced. They only call the operators, which are opaque to the tracer:
+    # with dynamic shapes, torch 2.13 confuses the sizes that a traced backward pass reads. Second derivatives raise an
+    # error, because `flash_backward` has no derivative.
     @staticmethod
     def forward(ctx: Any, Q: Tensor, K: Tensor, V: Tensor, is_causal: bool = False) -> Tensor:
         check_inputs(Q, K, V, grouped=True)
@@ -113,7 +115,7 @@ class FlashAttentionTriton(torch.autograd.Function):
 
 @torch.library.custom_op("cs336_systems::flash_forward", mutates_args=())
 def flash_forward(Q: Tensor, K: Tensor, V: Tensor, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """O, and the log-sum-exp of the scores L [... n_queries] in float32. Without any key they are 0 and -∞."""
+    """Compute O, and the log-sum-exp of the scores L [... n_queries] in float32. Without any key they are 0 and -∞."""
     O, L = _flash_forward_outputs(Q, K, V, is_causal)
     if O.numel() == 0 or K.numel() == 0:
         return O.zero_(), L.fill_(-math.inf)
@@ -128,7 +130,7 @@ def flash_forward(Q: Tensor, K: Tensor, V: Tensor, is_causal: bool) -> tuple[Ten
 def flash_backward(
     Q: Tensor, K: Tensor, V: Tensor, O: Tensor, L: Tensor, dO: Tensor, is_causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK and dV: the backward pass of `flash_forward`, whose arguments and results it takes, with dO like O."""
+    """Compute dQ, dK and dV from the arguments and results of `flash_forward`, and dO of the shape of O."""
     dQ, dK, dV = _flash_backward_outputs(Q, K, V, O, L, dO, is_causal)
     if Q.numel() == 0 or K.numel() == 0:
         return dQ.zero_(), dK.zero_(), dV.zero_()
@@ -157,9 +159,9 @@ def _flash_backward_outputs(
 
 
 def _new_like(x: Tensor) -> Tensor:
-    """An empty tensor of the shape of `x`; [... batch heads sequence d] lies in memory as [... batch sequence heads d].
+    """Allocate a tensor of the shape of `x`, [... batch heads sequence d], in the layout [... batch sequence heads d].
 
-    That is how a Transformer has its heads before and after attention, so that joining them copies nothing.
+    This is a Transformer's layout before and after attention, so that joining the heads copies nothing.
     """
     if x.dim() < 4:
         return x.new_empty(x.shape)
@@ -172,21 +174,21 @@ def launch_forward(
 ) -> None:
     """Write O and L."""
     batch, heads, n_queries, d = Q.shape
-    (q, o), (k, v) = _descriptors(tiles.queries, Q, O), _descriptors(tiles.keys, K, V)
-    forward_kernel[(batch * heads * triton.cdiv(n_queries, tiles.queries),)](
+    (q, o), (k, v) = _descriptors(tiles.block_m, Q, O), _descriptors(tiles.block_n, K, V)
+    forward_kernel[(batch * heads * triton.cdiv(n_queries, tiles.block_m),)](
         q, k, v, o, L, n_queries, K.shape[2], heads, heads // K.shape[1], scale * LOG2_E.value,
         **_constants(tiles, d, Q.dtype, is_causal),
     )  # fmt: skip
 
 
 def launch_delta(O: Tensor, dO: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-    """D = rowsum(O ∘ dO) and L log₂e, each [batch heads n_queries] padded to whole tiles."""
+    """Compute D = rowsum(O ∘ dO) and L log₂e, each [batch heads n_queries] padded to whole tiles."""
     batch, heads, n_queries, d = O.shape
     tiles = triton.cdiv(n_queries, DELTA_ROWS)
     delta, log2_L = O.new_empty(2, batch, heads, tiles * DELTA_ROWS, dtype=torch.float32)
     delta_kernel[(batch * heads * tiles,)](
         *_descriptors(DELTA_ROWS, O, dO), L.contiguous(), delta, log2_L, n_queries, tiles * DELTA_ROWS, heads,
-        WIDTH=_width(d), QUERIES=DELTA_ROWS,
+        HEAD_DIM=_padded_head_dim(d), BLOCK_M=DELTA_ROWS,
     )  # fmt: skip
     return delta, log2_L
 
@@ -197,11 +199,11 @@ def launch_dkdv(
 ) -> None:  # fmt: skip
     """Write dK and dV."""
     (batch, heads, n_queries, d), (_, kv_heads, n_keys, _) = Q.shape, K.shape
-    (q, do), (k, v, dk, dv) = _descriptors(tiles.queries, Q, dO), _descriptors(tiles.keys, K, V, dK, dV)
-    dkdv_kernel[(batch * kv_heads * triton.cdiv(n_keys, tiles.keys),)](
+    (q, do), (k, v, dk, dv) = _descriptors(tiles.block_m, Q, dO), _descriptors(tiles.block_n, K, V, dK, dV)
+    dkdv_kernel[(batch * kv_heads * triton.cdiv(n_keys, tiles.block_n),)](
         q, k, v, do, log2_L, delta, dk, dv,
         n_queries, delta.shape[-1], n_keys, kv_heads, heads // kv_heads, scale * LOG2_E.value,
-        GROUPED=heads > kv_heads, SETTLE=not INTERPRETED and Q.dtype != torch.float32,
+        GROUPED=heads > kv_heads, WAIT_FOR_DOTS=not INTERPRETED and Q.dtype != torch.float32,
         **_constants(tiles, d, Q.dtype, is_causal),
     )  # fmt: skip
 
@@ -212,8 +214,8 @@ def launch_dq(
 ) -> None:  # fmt: skip
     """Write dQ."""
     batch, heads, n_queries, d = Q.shape
-    (q, do, dq), (k, v) = _descriptors(tiles.queries, Q, dO, dQ), _descriptors(tiles.keys, K, V)
-    dq_kernel[(batch * heads * triton.cdiv(n_queries, tiles.queries),)](
+    (q, do, dq), (k, v) = _descriptors(tiles.block_m, Q, dO, dQ), _descriptors(tiles.block_n, K, V)
+    dq_kernel[(batch * heads * triton.cdiv(n_queries, tiles.block_m),)](
         q, k, v, do, log2_L, delta, dq,
         n_queries, delta.shape[-1], K.shape[2], heads, heads // K.shape[1], scale * LOG2_E.value,
         **_constants(tiles, d, Q.dtype, is_causal),
@@ -223,7 +225,7 @@ def launch_dq(
 def _check_kernels_can_run(Q: Tensor) -> None:
     check_device(Q, "FlashAttentionTriton needs an NVIDIA GPU, but its inputs are", "use FlashAttentionPyTorch")
     if INTERPRETED and Q.dtype == torch.bfloat16:
-        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16 there")
+        raise ValueError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16")
     if Q.dtype not in DTYPES:
         raise ValueError(
             f"FlashAttentionTriton computes in float32, float16 and bfloat16, but its inputs are {Q.dtype}: "
@@ -232,15 +234,15 @@ def _check_kernels_can_run(Q: Tensor) -> None:
     if Q.shape[-1] > MAX_HEAD_DIM:
         raise ValueError(
             f"FlashAttentionTriton takes heads of width at most {MAX_HEAD_DIM}, but d is {Q.shape[-1]}: "
-            "use more and narrower heads, or FlashAttentionPyTorch"
+            "use more heads of a smaller width, or FlashAttentionPyTorch"
         )
 
 
-# What follows runs at every call, while a GPU with a short sequence has nothing else to do: it is kept short.
+# The rest of this file runs at every call, while a GPU with a short sequence has nothing else to do: it is kept short.
 
 
 def _four_dimensions(x: Tensor) -> Tensor:
-    """[... heads sequence d] as [batch heads sequence d], d padded with zeros to what the TMA can move."""
+    """View [... heads sequence d] as [batch heads sequence d], with d padded with zeros to what the TMA can move."""
     if x.dim() != 4:
         x = x.flatten(0, -4) if x.dim() > 4 else x.reshape(*[1] * (4 - x.dim()), *x.shape)
     d = x.shape[-1]
@@ -249,7 +251,7 @@ def _four_dimensions(x: Tensor) -> Tensor:
 
 
 def _copyable(x: Tensor) -> Tensor:
-    """`x` in four dimensions, or a copy where its address or strides are not those that the TMA takes."""
+    """Return `x` in four dimensions, or a copy if the TMA does not accept its address or strides."""
     x = _four_dimensions(x)
     *outer, inner = x.stride()
     size = x.element_size()
@@ -259,25 +261,25 @@ def _copyable(x: Tensor) -> Tensor:
 
 
 def _copy_back(X: Tensor, x: Tensor) -> None:
-    """Where `x`, which is `X` in four dimensions, is no view of it but padded: fill `X`."""
+    """Fill `X` from `x`, its four-dimensional form, if that is a padded copy and not a view."""
     if x.shape[-1] != X.shape[-1]:
         X.copy_(x[..., : X.shape[-1]].reshape(X.shape))
 
 
 def _descriptors(rows: int, *tensors: Tensor) -> list[TensorDescriptor]:
-    """Descriptors of [batch heads sequence d] tensors that load and store blocks of [1 1 rows WIDTH]."""
+    """Describe [batch heads sequence d] tensors for loads and stores of blocks [1 1 rows HEAD_DIM]."""
     descriptors = []
     for x in tensors:
-        # Past the constructor, which checks what `_copyable` has seen to and takes longer than all else here.
+        # This bypasses the constructor, which checks what `_copyable` has ensured and takes longer than the rest.
         descriptor = object.__new__(TensorDescriptor)
         descriptor.base, descriptor.shape, descriptor.strides = x, [*x.shape], [*x.stride()]
-        descriptor.block_shape = [1, 1, rows, _width(x.shape[-1])]
+        descriptor.block_shape = [1, 1, rows, _padded_head_dim(x.shape[-1])]
         descriptors.append(descriptor)
     return descriptors
 
 
 @functools.cache
-def _width(d: int) -> int:
+def _padded_head_dim(d: int) -> int:
     return triton.next_power_of_2(d)
 
 
@@ -288,17 +290,17 @@ def _constants(tiles: Tiles, d: int, dtype: torch.dtype, is_causal: bool) -> dic
 @functools.cache
 def _constants_of(tiles: Tiles, d: int, is_causal: bool, precision: str) -> dict[str, Any]:
     return {
-        "WIDTH": _width(d), "QUERIES": tiles.queries, "KEYS": tiles.keys, "STAGES": tiles.stages, "CAUSAL": is_causal,
-        "PRECISION": precision, "num_warps": tiles.warps, "maxnreg": tiles.registers,
+        "HEAD_DIM": _padded_head_dim(d), "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages,
+        "CAUSAL": is_causal, "PRECISION": precision, "num_warps": tiles.warps, "maxnreg": tiles.registers,
     }  # fmt: skip
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """How matrix products are computed, in Triton's words.
+    """Return how matmuls are computed, in Triton's terms.
 
-    Tensor cores know no float32, only TF32, which has 11 of its 24 bits. "tf32x3" splits x into TF32 numbers x₁ + x₂,
-    and sums x₁y₁ + x₁y₂ + x₂y₁ in float32 (Ootomo and Yokota 2022): about the errors of products without tensor cores,
-    in a quarter to a twelfth of their time. PyTorch's memory-efficient attention does the same.
+    Tensor cores cannot multiply float32, only TF32, which has 11 of its 24 bits. "tf32x3" splits x into TF32 numbers
+    x₁ + x₂ and sums x₁y₁ + x₁y₂ + x₂y₁ in float32 (Ootomo and Yokota 2022): about the errors of matmuls without tensor
+    cores, in a quarter to a twelfth of their time. PyTorch's memory-efficient attention does the same.
     """
     if dtype != torch.float32:
         return "ieee"
@@ -311,7 +313,7 @@ _too_large: set[tuple[Any, ...]] = set()
 
 
 def tiles_for(kernel: str, d: int, dtype: torch.dtype) -> Sequence[Tiles]:
-    """The tiles of a kernel ("forward", "dkdv" or "dq"), the best first; later ones need less shared memory."""
+    """Return the tiles of a kernel ("forward", "dkdv" or "dq"), the best first; later ones need less shared memory."""
     return _tiles_of(kernel, d, precision_of(dtype))
 
 
@@ -320,17 +322,17 @@ def _tiles_of(kernel: str, d: int, precision: str) -> Sequence[Tiles]:
     if precision == "tf32":
         return SMALL_TILES
     best = (FLOAT32_TILES if precision == "tf32x3" else TILES)[kernel, d]
-    return (best, *(tiles for tiles in SMALL_TILES if tiles.queries * tiles.keys < best.queries * best.keys))
+    return (best, *(tiles for tiles in SMALL_TILES if tiles.block_m * tiles.block_n < best.block_m * best.block_n))
 
 
 def _run(kernel: str, launch: Callable[..., None], Q: Tensor, K: Tensor, *arguments: Any) -> None:
     """Launch with the best tiles that fit into the device's shared memory.
 
-    What has not fitted once is remembered, with everything that the kernel is compiled for: so no call's tiles
-    depend on the calls before it.
+    Tiles that did not fit are remembered together with everything that the kernel is compiled for, so that the tiles of
+    a call do not depend on the calls before it.
     """
     *_, is_causal, _ = arguments
-    candidates = tiles_for(kernel, _width(Q.shape[-1]), Q.dtype)
+    candidates = tiles_for(kernel, _padded_head_dim(Q.shape[-1]), Q.dtype)
     for tiles in candidates:
         key = (Q.device, Q.dtype, kernel, tiles, Q.shape[-1], Q.shape[1] // K.shape[1], is_causal)
         if key in _too_large:
