@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent
 RESULTS = PACKAGE / "results"
 #: Documents whose citations count, in the order in which they are listed.
-DOCUMENTS = ("README.md", "writeup/main.typ", "writeup/figures.py", "LOG.md", "../README.md")
+DOCUMENTS = ("README.md", "writeup/main.typ", "writeup/figures.py", "LOG.md")
 #: Beginnings of paths that a document completes by computation, as in "profiles/" + size: a citation of all such files.
 FAMILIES = ("profiles/", "memory_2.7B_")
 HEADER = """# Results

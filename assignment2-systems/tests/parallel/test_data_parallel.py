@@ -379,10 +379,10 @@ FROZEN.weight.requires_grad_(False)
 @pytest.mark.parametrize(
     ("wrap", "other", "message"),
     [
-        (NaiveDataParallel, nn.Linear(2, 3), "process 1 has parameter weight (3, 2) torch.float32"),
-        (OverlappedDataParallel, FROZEN, "process 1 has parameter weight (2, 2) torch.float32 frozen"),
+        (NaiveDataParallel, nn.Linear(2, 3), "rank 1 has parameter weight (3, 2) torch.float32"),
+        (OverlappedDataParallel, FROZEN, "rank 1 has parameter weight (2, 2) torch.float32 frozen"),
         (BucketedDataParallel, nn.Linear(2, 2).double(), "torch.float64"),
-        (FSDP, nn.Linear(2, 2, bias=False), "process 1 has nothing"),
+        (FSDP, nn.Linear(2, 2, bias=False), "rank 1 has nothing"),
         (FlatDataParallel, nn.BatchNorm1d(2), "buffer running_mean"),
     ],
 )

@@ -766,7 +766,7 @@ def test_two_backward_passes_add_up(workers):
 
 def check_moving(process):
     model = FSDP(Chain())
-    with pytest.raises(RuntimeError, match="move or cast the module before it is wrapped"):
+    with pytest.raises(RuntimeError, match="move or cast the module before wrapping it"):
         model.double()
 
 

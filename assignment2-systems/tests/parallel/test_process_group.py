@@ -159,6 +159,6 @@ class TestRunProcesses:
 
     def test_what_takes_too_long_is_ended(self):
         start = time.monotonic()
-        with pytest.raises(TimeoutError, match="2 processes of sleep took more than 2 s"):
+        with pytest.raises(TimeoutError, match="2 ranks of sleep took more than 2 s"):
             run_on_ranks(sleep, 2, timeout_s=2, start_method=START_METHOD)
         assert time.monotonic() - start < 20

@@ -92,7 +92,7 @@ def test_a_single_file_is_read_alike(tmp_path):
 def test_a_missing_share_is_named(checkpoint):
     path, _ = checkpoint
     (path / "process_00001.pt").unlink()
-    with pytest.raises(ValueError, match=r"damaged \(2 of 3 files are there\)"):
+    with pytest.raises(ValueError, match=r"damaged \(only 2 of 3 files exist\)"):
         Checkpoint(path, [])
 
 
@@ -100,7 +100,7 @@ def test_a_truncated_share_is_refused(checkpoint):
     path, _ = checkpoint
     share = path / "process_00002.pt"
     share.write_bytes(share.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"is damaged .* delete it to go on from the checkpoint before it"):
+    with pytest.raises(ValueError, match=r"is damaged .* delete it to continue from the one before it"):
         Checkpoint(path, [])
 
 

@@ -241,7 +241,7 @@ def test_resuming_from_the_unsharded_state(workers, make):
 
 def check_wrong_shares(process, make, shares):
     optimizer = sharded(make, groups_of(make_model()))
-    with pytest.raises(ValueError, match="share of another process or another number of them: merge all shares"):
+    with pytest.raises(ValueError, match="share of another rank, or of another number of ranks: merge all shares"):
         optimizer.load_state_dict(shares[1 - process.rank])
     with pytest.raises(ValueError, match="groups"):
         ShardedOptimizer(make_model().parameters(), make.func, **make.keywords).load_state_dict(shares[process.rank])
@@ -251,9 +251,9 @@ def test_the_share_of_another_process_is_refused(workers):
     make = OPTIMIZERS["our AdamW"]
     _, shares = zip(*workers.run(first_half, 2, make))
     workers.run(check_wrong_shares, 2, make, shares)
-    with pytest.raises(ValueError, match="give those of all processes"):
+    with pytest.raises(ValueError, match="give the shares of all ranks"):
         merge_state_dicts(shares[:1])
-    with pytest.raises(ValueError, match="give those of all processes"):
+    with pytest.raises(ValueError, match="give the shares of all ranks"):
         merge_state_dicts([shares[0], shares[0]])
 
 
