@@ -10,7 +10,16 @@ import statistics
 import torch
 import torch.distributed as dist
 
-from cs336_systems.instruments.measure import UNSUPPORTED, ResultFile, Row, now_ms, print_table, result_file
+from cs336_systems.instruments.measure import (
+    UNSUPPORTED,
+    ResultFile,
+    Row,
+    cartesian,
+    check_cases,
+    now_ms,
+    print_table,
+    result_file,
+)
 from cs336_systems.instruments.options.common import check_options
 from cs336_systems.instruments.options.many_gpus import BenchAllreduce
 from cs336_systems.instruments.ranks import run_cases
@@ -29,8 +38,7 @@ def run(options: BenchAllreduce) -> None:
     for size in options.sizes_mb:
         if size * MB < FLOAT32:
             raise ValueError(f"--sizes-mb is {size}, but must be at least {FLOAT32 / MB:g}, one number")
-    if not (options.processes and options.sizes_mb):
-        raise ValueError("there is nothing to measure: an option that takes several values got none")
+    check_cases(cartesian(processes=options.processes, size=options.sizes_mb))
     device = device_of_rank(options.device, 0)
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     file = result_file(options, "all-reduce of float32 tensors", device)

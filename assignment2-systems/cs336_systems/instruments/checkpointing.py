@@ -1,4 +1,4 @@
-"""Measure gradient checkpointing: what each strategy saves, its peak, and its time, beside the formulas.
+"""Measure gradient checkpointing: what each strategy saves, its peak and its time, compared with the formulas.
 
 The strategies are in `training.checkpointing`, the formulas in `theory.activations`.
 """

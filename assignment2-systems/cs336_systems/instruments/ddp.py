@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cs336_basics.accounting import parameter_counts
 from cs336_systems.instruments import overlap, ranks
-from cs336_systems.instruments.measure import OK, ResultFile, Row, print_table, result_file
+from cs336_systems.instruments.measure import OK, ResultFile, Row, check_cases, print_table, result_file
 from cs336_systems.instruments.options.common import check_options
 from cs336_systems.instruments.options.many_gpus import BenchDdp
 from cs336_systems.parallel.process_group import Rank
@@ -39,8 +39,7 @@ def run(options: BenchDdp) -> None:
             raise ValueError(f"a bucket of {size} MiB was requested; choose a positive size")
     config = ranks.step_config(options, device, options.mode, options.optimizer)
     cases = cases_of(options)
-    if not cases:
-        raise ValueError("there is nothing to measure: an option that takes several values got none")
+    check_cases(cases)
     settings = ranks.shared_settings(options)
     settings |= {"mode": options.mode, "optimizer": options.optimizer, "rounds": options.rounds}
     what = "training step under data parallelism"

@@ -9,7 +9,7 @@ from functools import partial
 
 from cs336_basics.accounting import parameter_counts
 from cs336_systems.instruments import ranks
-from cs336_systems.instruments.measure import ResultFile, Row, cartesian, print_table, result_file
+from cs336_systems.instruments.measure import ResultFile, Row, cartesian, check_cases, print_table, result_file
 from cs336_systems.instruments.options.many_gpus import BenchFsdp, FsdpVariant
 from cs336_systems.parallel.process_group import Rank
 from cs336_systems.theory.state import fsdp_costs, step_traffic_bytes, training_bytes_per_rank
@@ -28,8 +28,7 @@ def run(options: BenchFsdp) -> None:
     config = ranks.step_config(options, device, "eager", options.optimizer)
     cases = cartesian(mode=options.modes, checkpointing=options.checkpointing, variant=options.variants)
     cases = [{"variant": case["variant"]} | case for case in cases]  # first: rows that fail are named by it
-    if not cases:
-        raise ValueError("there is nothing to measure: an option that takes several values got none")
+    check_cases(cases)
     settings = ranks.shared_settings(options) | {"optimizer": options.optimizer}
     what = "training step with sharded weights"
     file = result_file(options, what, device, **settings)

@@ -85,7 +85,7 @@ def _checked_device(options: Leaderboard2026) -> torch.device:
     check_options(options, *numbers)
     check_options(options, "warmup", least=0)
     if not options.contestants:
-        raise ValueError("there is nothing to measure: --contestants got none")
+        raise ValueError("there is nothing to measure: --contestants was given none; choose ours, torch or both")
     if under_torchrun():
         raise ValueError("leaderboard-2026 starts its ranks itself: run it without torchrun")
     device = device_of_rank(options.device, 0)

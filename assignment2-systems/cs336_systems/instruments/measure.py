@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -20,7 +20,7 @@ from rich.table import Table
 from cs336_basics.run_folder import environment, write_atomically
 from cs336_systems.instruments.options.common import Measurement
 
-#: The "status" of a row. OK: the measurement succeeded. UNSUPPORTED: its "reason" says why there is none.
+#: The "status" of a row. OK: the measurement succeeded. UNSUPPORTED: its "reason" says why it did not.
 OK = "ok"
 OUT_OF_MEMORY = "out of memory"
 UNSUPPORTED = "unsupported"
@@ -131,13 +131,18 @@ def cartesian(**axes: Sequence[object]) -> list[Row]:
     return [dict(zip(axes, values)) for values in product(*axes.values())]
 
 
+def check_cases(cases: Sized) -> None:
+    """Raise a ValueError if there are none."""
+    if not cases:
+        raise ValueError("there is nothing to measure: an option that takes several values was given none")
+
+
 def run_grid(cases: list[Row], measure: Callable[[Row], Row], file: "ResultFile") -> list[Row]:
     """Measure every case. Its row consists of the case, what `measure` returns, and the status (see `try_measure`).
 
     All rows so far are written after each case, so that an interrupted grid keeps them.
     """
-    if not cases:
-        raise ValueError("there is nothing to measure: an option that takes several values got none")
+    check_cases(cases)
     rows: list[Row] = []
     with progress(len(cases)) as start:
         for case in cases:

@@ -50,7 +50,7 @@ OLD_MODES = {"compiled": "compiled-blocks"}
 
 
 def run(options: Scaling) -> None:
-    """Measure what is not in the file yet, print tables and draw a picture."""
+    """Measure the sets that the file lacks, print tables and draw a picture."""
     check_options(options, "processes", "context", "weak_batch", "strong_batch", "steps", "minutes")
     device = device_of_rank(options.device, 0)
     check_gpus(max((*options.processes, *options.all_reduce_processes), default=0), device.type)

@@ -5,7 +5,15 @@ from functools import partial
 
 from cs336_basics.accounting import parameter_counts
 from cs336_systems.instruments import ranks
-from cs336_systems.instruments.measure import ResultFile, Row, cartesian, print_table, result_file, synchronize
+from cs336_systems.instruments.measure import (
+    ResultFile,
+    Row,
+    cartesian,
+    check_cases,
+    print_table,
+    result_file,
+    synchronize,
+)
 from cs336_systems.instruments.options.common import RanksMeasurement
 from cs336_systems.instruments.options.many_gpus import BenchSharding
 from cs336_systems.parallel.process_group import Rank
@@ -24,8 +32,7 @@ def run(options: BenchSharding) -> None:
     device = ranks.checked_device(options)
     configs = {name: ranks.step_config(options, device, "eager", name) for name in options.optimizers}
     cases = cartesian(optimizer=options.optimizers, sharding=options.shardings)
-    if not cases:
-        raise ValueError("there is nothing to measure: an option that takes several values got none")
+    check_cases(cases)
     what = "sharding of the optimizer's state"
     settings = ranks.shared_settings(options)
     file = result_file(options, what, device, **settings)

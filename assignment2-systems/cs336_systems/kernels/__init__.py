@@ -1,4 +1,4 @@
-"""Triton kernels, each in a module that opens with the formula and its sources, beside a plain PyTorch reference.
+"""Triton kernels, each in a module that opens with the formula and its sources, and has a reference in PyTorch.
 
 flash_attention         FlashAttention-2: a readable reference, the kernels, and how they are launched
 adamw                   AdamW over all parameters in one launch

@@ -1,4 +1,4 @@
-"""What training costs on paper: functions of sizes and rates that measure nothing and print nothing.
+"""The costs of training on paper: functions of sizes and rates that measure nothing and print nothing.
 
 units          bytes of numbers; MiB, MB and GB
 collectives    bytes and seconds of ring collectives; the overhead of DDP with buckets

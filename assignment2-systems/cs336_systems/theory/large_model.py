@@ -27,7 +27,7 @@ def step_bytes(
     """Bytes that tensors take on each GPU at four moments; the largest of them is the peak.
 
     Each of N ranks keeps 1/N of P parameters, in float32. The gradients are dropped before each step, so that 4 P/N
-    (the master weights) and 8 P/N (AdamW's moments) are always there, and the gradients, 4 P/N, appear unit by unit
+    (the master weights) and 8 P/N (AdamW's moments) always exist, and the gradients, 4 P/N, appear unit by unit
     while the backward pass goes through the blocks. Of the activations of the L blocks only the inputs are kept, s
     bytes each, and are freed one by one. So memory is a straight line between
 

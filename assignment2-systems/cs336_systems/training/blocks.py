@@ -25,7 +25,7 @@ def compile_blocks(*modules: nn.Module, **options: Any) -> None:
         modules: changed in place; the names in the state dict stay.
         options: of torch.compile, for example a backend.
     """
-    # Otherwise a block within PyTorch's DDP is cut into pieces of its buckets' size, and its code is compiled anew.
+    # Otherwise Dynamo cuts a block within PyTorch's DDP into pieces of its buckets' size, and compiles each of them.
     torch._dynamo.config.optimize_ddp = False
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=False, **options)

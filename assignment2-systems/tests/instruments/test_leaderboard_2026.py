@@ -136,7 +136,7 @@ def test_errors_tell_what_to_do(monkeypatch, tmp_path):
             Leaderboard2026(out=tmp_path, **(TINY | changes)).execute()
 
     fails("--steps is 0", steps=0)
-    fails("--contestants got none", contestants=())
+    fails("--contestants was given none", contestants=())
     fails("not a multiple of num_heads", heads=3)
     with monkeypatch.context() as changed:
         changed.setattr(triton_support, "INTERPRETED", False)

@@ -1,6 +1,7 @@
 """Pieces of several processes make whole tensors; what is damaged or of another model is refused."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,27 @@ def test_a_truncated_share_is_refused(checkpoint):
     share.write_bytes(share.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"is damaged .* delete it to continue from the one before it"):
         Checkpoint(path, [])
+
+
+class Code:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_cannot_run_code(checkpoint, tmp_path):
+    """torch.distributed.checkpoint unpickles its metadata without restriction and would run it (see LOG.md)."""
+    path, _ = checkpoint
+    torch.save(Code(tmp_path / "ran"), path / "process_00001.pt")
+    with pytest.raises(ValueError, match="is damaged"):
+        Checkpoint(path, [])
+    assert not (tmp_path / "ran").exists()
+    torch.load(path / "process_00001.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()
 
 
 def test_another_model_is_refused(checkpoint):
