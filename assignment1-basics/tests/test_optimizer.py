@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import accumulate
 
 import pytest
 import torch
@@ -115,11 +116,14 @@ def test_trapezoid_equals_torchs(warmup, decay, total):
     low, high = 0.02, 0.5
     parts = torch.optim.lr_scheduler
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=high)
-    rise = [parts.LambdaLR(optimizer, lambda it: it / warmup)] if warmup else []
-    level = parts.ConstantLR(optimizer, factor=1.0)
-    fall = parts.LinearLR(optimizer, 1.0, low / high, total_iters=decay)
-    milestones = [*([warmup] if warmup else []), total - decay]
-    schedule = parts.SequentialLR(optimizer, [*rise, level, fall], milestones)
+    phases = [
+        (warmup, lambda: parts.LambdaLR(optimizer, lambda it: it / warmup)),
+        (total - decay - warmup, lambda: parts.ConstantLR(optimizer, factor=1.0)),
+        (decay, lambda: parts.LinearLR(optimizer, 1.0, low / high, total_iters=decay)),
+    ]
+    phases = [(steps, phase) for steps, phase in phases if steps]  # torch wants no empty ones
+    milestones = list(accumulate(steps for steps, _ in phases))[:-1]
+    schedule = parts.SequentialLR(optimizer, [phase() for _, phase in phases], milestones)
     for it in range(total + 5):
         assert get_trapezoid_lr(it, high, low, warmup, decay, total) == pytest.approx(
             optimizer.param_groups[0]["lr"], abs=1e-12

@@ -13,6 +13,11 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
+
+# Imported here so that it is imported before a process group exists. Its functions take the default group as a default
+# argument, so imported later, as by the first step of an optimizer, they would keep the group and the threads of gloo
+# alive after destroy_process_group; a thread that then frees a tensor while the interpreter exits aborts the process.
+import torch.distributed.nn.functional
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _coalescing_manager  # what FSDP2 groups its messages with
 

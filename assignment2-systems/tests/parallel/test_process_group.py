@@ -2,8 +2,11 @@
 
 import os
 import socket
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,3 +165,28 @@ class TestRunProcesses:
         with pytest.raises(TimeoutError, match="2 ranks of sleep took more than 2 s"):
             run_on_ranks(sleep, 2, timeout_s=2, start_method=START_METHOD)
         assert time.monotonic() - start < 20
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import cs336_systems.parallel
+
+def threads():
+    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+weight = torch.nn.Parameter(torch.ones(1))
+weight.grad = torch.ones(1)
+torch.optim.SGD([weight]).step()  # imports much of torch
+before = threads()
+dist.destroy_process_group()
+assert "pt_gloo_runloop" in before and "pt_gloo_runloop" not in threads(), (before, threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="this system does not list the threads of a process")
+def test_a_group_that_is_destroyed_leaves_no_thread(tmp_path):
+    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "rendezvous")], check=True)
