@@ -29,11 +29,11 @@ PARTS = ("scores", "softmax", "output", "attention")
 CATEGORIES: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
     (name, re.compile(pattern, re.IGNORECASE))
     for name, pattern in (
-        ("matrix products", r"^triton_tem_"),  # the prefix of an Inductor kernel says what it has fused
+        ("matmuls", r"^triton_tem_"),  # the prefix of an Inductor kernel says what it has fused
         ("reductions", r"^triton_(red|per)_"),
         ("elementwise", r"^triton_poi_"),
         ("fused attention", r"flash|fmha|sdpa|attention"),
-        ("matrix products", r"gemm|gemv|nvjet|cutlass|xmma|splitk|^aten::(mm|bmm|addmm|baddbmm|mv|dot)$"),
+        ("matmuls", r"gemm|gemv|nvjet|cutlass|xmma|splitk|^aten::(mm|bmm|addmm|baddbmm|mv|dot)$"),
         ("multi-tensor", r"multi_tensor_apply|foreach|adam"),
         ("indexing", r"gather|scatter|embedding|radixsort|(?<!with_)index"),
         ("copies and fills", r"memcpy|memset|copy|catarray|(?<!masked_)fill|^aten::(clone|cat|zero_)$"),
@@ -183,7 +183,7 @@ def range_rows(work: list[Work], steps: int, flops: dict[str, float] | None = No
             "span_ms": _span(chosen) / steps / 1e3 if name in PHASES else None,
             "share_%": _percent(busy, total),
             "calls": round(len(chosen) / steps),
-            "matmul_%": _percent(sum(one.duration for one in chosen if category(one.name) == "matrix products"), busy),
+            "matmul_%": _percent(sum(one.duration for one in chosen if category(one.name) == "matmuls"), busy),
         }
         if flops:
             row["GFLOP"] = flops[name.strip()] / 1e9 if name.strip() in flops else None

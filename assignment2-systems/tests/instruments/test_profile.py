@@ -32,13 +32,13 @@ FOREACH = (
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        (GEMM, "matrix products"),
-        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
-        ("void cutlass::Kernel2<cutlass_80_simt_sgemm_256x128_8x4_nn_align1>(...)", "matrix products"),
-        ("ampere_sgemm_128x64_tn", "matrix products"),
-        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, ...>(...)", "matrix products"),
-        ("triton_tem_fused_mm_3", "matrix products"),
-        ("aten::bmm", "matrix products"),
+        (GEMM, "matmuls"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "matmuls"),
+        ("void cutlass::Kernel2<cutlass_80_simt_sgemm_256x128_8x4_nn_align1>(...)", "matmuls"),
+        ("ampere_sgemm_128x64_tn", "matmuls"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, ...>(...)", "matmuls"),
+        ("triton_tem_fused_mm_3", "matmuls"),
+        ("aten::bmm", "matmuls"),
         ("void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 4, cutlass::bfloat16_t>>", "fused attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_6", "fused attention"),
         (EXP, "elementwise"),
@@ -128,10 +128,10 @@ def test_kernels_belong_to_the_range_that_launched_them(gpu_trace):
 
 def test_kinds_per_phase(gpu_trace):
     rows = {row["kind"]: row for row in category_rows(work_in(gpu_trace), 2)}
-    assert next(iter(rows)) == "matrix products"
-    assert rows["matrix products"]["forward"] == pytest.approx(0.06)
-    assert rows["matrix products"]["backward"] == pytest.approx(0.1)
-    assert rows["matrix products"]["step"] == pytest.approx(0.16)
+    assert next(iter(rows)) == "matmuls"
+    assert rows["matmuls"]["forward"] == pytest.approx(0.06)
+    assert rows["matmuls"]["backward"] == pytest.approx(0.1)
+    assert rows["matmuls"]["step"] == pytest.approx(0.16)
     assert rows["reductions"]["forward"] == 0
     assert rows["copies and fills"]["other"] == pytest.approx(0.005)
     assert sum(row["share_%"] for row in rows.values()) == pytest.approx(100, abs=0.3)
@@ -189,7 +189,7 @@ def test_profile_on_the_cpu(tmp_path, capsys):
     # Of 4 blocks: 7 linear maps each, and the head. A product's backward pass has two.
     calls = {row["range"]: row["calls"] for row in record["rows"] if row["kernel"] == "aten::mm"}
     assert calls == {"forward": 29, "backward": 58, "step": 87}
-    assert {row["kind"] for row in record["categories"]} >= {"matrix products", "elementwise", "reductions"}
+    assert {row["kind"] for row in record["categories"]} >= {"matmuls", "elementwise", "reductions"}
     assert record["context"] == 16
     with gzip.open(tmp_path / "profile.trace.json.gz") as file:
         assert json.load(file)["traceEvents"]
@@ -236,6 +236,6 @@ def test_profile_on_the_gpu(tmp_path):
     assert ranges["optimizer"]["matmul_%"] == 0
     assert ranges.get("other", {"share_%": 0})["share_%"] < 2
     kinds = {row["kind"]: row for row in record["categories"]}
-    assert kinds["matrix products"]["forward"] > 0
+    assert kinds["matmuls"]["forward"] > 0
     assert kinds.get("other", {"share_%": 0})["share_%"] < 5
     Profile(size="tiny", context=64, warmup=0, steps=1, under_nsys=True, out=tmp_path).execute()

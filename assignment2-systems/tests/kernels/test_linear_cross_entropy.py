@@ -42,7 +42,7 @@ def assert_right(hidden, weight, targets, chunk_tokens, factor=3.0, tolerance=No
     tolerance = tolerance or TOLERANCES[hidden.dtype]
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
-    # A sum over a large vocabulary rounds as this machine's matrix product does: PyTorch's float32 is the measure then.
+    # A sum over a large vocabulary rounds as this machine's matmul does: PyTorch's float32 is the measure then.
     _, usual = by_pytorch(hidden, weight, targets, factor, torch.float32)
     for parameter, one, other, by_float32 in zip((hidden, weight), gradients, expected_gradients, usual):
         assert one.dtype == parameter.dtype
