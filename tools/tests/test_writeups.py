@@ -76,7 +76,7 @@ def _shown(value):
 def figures():
     subprocess.run([sys.executable, "-m", "experiments", "figures"], cwd=ROOT / "assignment1-basics", check=True)
     systems = ROOT / "assignment2-systems"
-    subprocess.run([systems / ".venv/bin/python", "-m", "benchmarks.figures"], cwd=systems, check=True)
+    subprocess.run([systems / ".venv/bin/python", "-m", "writeup.figures"], cwd=systems, check=True)
 
 
 @pytest.mark.parametrize("package", PROBLEMS)
