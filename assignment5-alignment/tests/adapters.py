@@ -1,4 +1,4 @@
-"""What the course's tests call. Each adapter hands over to `cs336_alignment`; nothing is computed here."""
+"""The functions that the course's tests call. Each calls `cs336_alignment`; nothing is computed here."""
 
 from __future__ import annotations
 

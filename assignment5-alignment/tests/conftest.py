@@ -15,11 +15,14 @@ os.environ |= {
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for this machine may have a GPU that PyTorch cannot use
     os.environ["TORCH_COMPILE_DISABLE"] = "1"  # compiling for a CPU takes longer than the tests
 torch.set_num_threads(1)
+settings.register_profile("tests", deadline=None)  # so that a busy machine fails no test
+settings.load_profile("tests")
 
 
 @pytest.fixture

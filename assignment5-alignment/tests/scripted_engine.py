@@ -1,4 +1,4 @@
-"""An engine that says what it is told to, and remembers what it was asked."""
+"""An engine with scripted responses, which records its calls."""
 
 from cs336_alignment.rollouts.engines.base import Completion
 
@@ -38,6 +38,6 @@ class ScriptedEngine:
 
 
 def use(engine, monkeypatch):
-    """Let programs find this engine whatever they ask for."""
+    """Make all programs use this engine."""
     monkeypatch.setattr("cs336_alignment.rollouts.worker.make_engine", lambda *_, **__: engine)
     return engine

@@ -1,4 +1,4 @@
-"""The adapters have the course's signatures, and hand everything over: positions, names and defaults."""
+"""The adapters have the course's signatures, and pass everything on: positions, names and defaults."""
 
 import inspect
 import json

@@ -42,7 +42,7 @@ def run(*arguments):
 
 
 def fails(capsys, *arguments):
-    """The message of a command that fails, which must be one line."""
+    """Run a command that must fail, and return its message, which must be one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         run(*arguments)
@@ -53,7 +53,7 @@ def fails(capsys, *arguments):
 
 
 def refused(capsys, *arguments):
-    """What is said of options that cannot be, in a box that points to the help."""
+    """Return the message for invalid options, which is in a box that points to the help."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         run(*arguments)
@@ -119,7 +119,7 @@ class TestHelp:
 
 
 class TestDefaults:
-    """Those of the course."""
+    """The defaults are the course's."""
 
     def test_grpo(self):
         config = cli.load("grpo")()

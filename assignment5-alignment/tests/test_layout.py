@@ -63,3 +63,11 @@ def test_modules_and_functions_are_short(path):
 def test_folders_hold_about_a_dozen_modules():
     for folder in {path.parent for path in MODULES}:
         assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 13, folder
+
+
+def test_the_map_in_the_readme_names_every_module():
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Map of the package")[1].split("\n## ")[0]
+    for path in MODULES:
+        if path.stem not in ("__init__", "__main__") and path.parent.name != "configs":
+            assert f"`{path.stem}`" in section or f"[{path.name}]" in section, path

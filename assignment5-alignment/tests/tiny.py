@@ -23,7 +23,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tiny_model(vocab: int = 300, seed: int = 0, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
-    """A random Qwen2 that tells tokens and positions well apart."""
+    """A random Qwen2 whose outputs clearly depend on tokens and positions."""
     config = Qwen2Config(
         vocab_size=vocab,
         hidden_size=64,

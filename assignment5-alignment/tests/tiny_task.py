@@ -1,4 +1,4 @@
-"""A tiny model with questions to train and to be evaluated on, in files as a user has them."""
+"""A tiny model with questions for training and evaluation, in the files that a user would have."""
 
 import json
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class TinyTask:
 
     @property
     def common(self) -> dict:
-        """What all training programs are told."""
+        """Options of all training programs."""
         return {
             "run_dir": self.folder / "run",
             "model": str(self.folder / "model"),

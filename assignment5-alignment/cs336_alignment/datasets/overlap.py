@@ -48,17 +48,17 @@ def find_overlap(train: Sequence[HasPrompt], evaluation: Sequence[HasPrompt]) ->
     problems_by_first_line: dict[str, list[list[str]]] = defaultdict(list)
     for example in evaluation:
         if lines := _lines(example.prompt):
-            first, *others = (_normalise(line) for line in lines)
+            first, *others = (_normalize(line) for line in lines)
             problems_by_first_line[first].append(others)
 
     def has_problem(prompt: str) -> bool:
         lines = _lines(prompt)
-        normalised = [_normalise(line) for line in lines]
+        normalized = [_normalize(line) for line in lines]
         return any(
-            normalised[number : number + len(others)] == others
+            normalized[number : number + len(others)] == others
             for number, line in enumerate(lines, start=1)
             for ending in _endings(line)
-            for others in problems_by_first_line.get(_normalise(ending), ())
+            for others in problems_by_first_line.get(_normalize(ending), ())
         )
 
     return [index for index, example in enumerate(train) if has_problem(example.prompt)]
@@ -75,7 +75,7 @@ def _endings(line: str) -> Iterator[str]:
         yield line[colon.end() :]
 
 
-def _normalise(line: str) -> str:
+def _normalize(line: str) -> str:
     """Remove capitals, Unicode variants, code fences, and spaces other than those between words."""
     words = unicodedata.normalize("NFKC", line).casefold().strip("` \t").split()
     return re.sub(r" (?!\w)|(?<!\w) ", "", " ".join(words))

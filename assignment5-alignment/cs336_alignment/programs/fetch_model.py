@@ -13,7 +13,7 @@ What to run next; add --engine transformers if vLLM is not installed:
   cs336-alignment grpo --model {folder}"""
 
 
-def fetch_model(config: FetchModelConfig) -> None:
+def run_fetch_model(config: FetchModelConfig) -> None:
     """Fetch a model, check that its tokenizer can be read, and print what to run next.
 
     Raises:

@@ -1,7 +1,7 @@
 r"""All reward functions, by name: a response and the true answer in, a dictionary of floats out.
 
 The keys are the course's. `format_reward` is 1 if an answer can be found in the response. `answer_reward` is 1 if that
-answer is also equal to the truth. `reward` is what training maximises, and is the same as `answer_reward`.
+answer is also equal to the truth. `reward` is what training maximizes, and is the same as `answer_reward`.
 
 To add a reward, write a function `(response, ground_truth) -> dict` at the top level of a module and add it to
 `REWARDS`; every `--reward` option then knows its name. A function that may be slow belongs into worker processes: see

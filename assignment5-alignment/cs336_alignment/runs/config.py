@@ -21,11 +21,11 @@ class TrainingConfig:
     model: str = "Qwen/Qwen2.5-Math-1.5B"
     """The model to start from: a Hugging Face folder, such as a checkpoint of another run, or a name on the hub."""
     seed: int = 0
-    """Seed of the order of the data and of the samples."""
+    """Seed of the data order and of the samples."""
     device: str = "auto"
     """Device to train the policy on: cpu, cuda, cuda:1, …, or auto for a GPU if there is one."""
     precision: Precision = "bfloat16"
-    """Compute in this type. With bfloat16 under autocast, weights and optimizer state stay in float32."""
+    """Number format to compute in. bfloat16 is used under autocast; weights and optimizer stay in float32."""
     gradient_checkpointing: bool = False
     """Save memory by computing activations again in the backward pass, at about a third more time."""
     checkpoint_every: int = 50

@@ -1,4 +1,4 @@
-"""Generated sums: right, distinct, repeatable, and held-out ones never among training ones."""
+"""Generated sums are right, distinct and reproducible, and the splits do not overlap."""
 
 import re
 from itertools import accumulate

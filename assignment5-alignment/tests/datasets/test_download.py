@@ -1,4 +1,4 @@
-"""Downloads: files from a Hub that is a folder here, rows from a viewer of our own on this machine."""
+"""Downloads: files from a folder in place of the hub, rows from a local server in place of its viewer."""
 
 import gzip
 import io
@@ -22,7 +22,7 @@ from cs336_alignment.datasets.preferences import load_preferences
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A folder of repositories in the place of the Hub; and what was asked of it."""
+    """A folder of repositories that stands in for the hub, and the requests to it."""
     folder = tmp_path / "hub"
     asked = []
 
@@ -40,7 +40,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def viewer(monkeypatch):
-    """The viewer's answers for the rows in a dictionary; and what was asked of it."""
+    """A viewer that serves the rows of a dictionary, and the requests to it."""
     tables, asked = {}, []
 
     class Handler(BaseHTTPRequestHandler):

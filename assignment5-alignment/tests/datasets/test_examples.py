@@ -1,4 +1,4 @@
-"""Every data set's rows, as the data sets have them, become examples of one type."""
+"""The original rows of every data set become examples of one type."""
 
 import json
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Problems of the evaluation are found among training rows: bare, reworded by hand of a typesetter, in templates."""
+"""Problems of the evaluation are found among training rows: bare, set differently, and in templates."""
 
 import random
 

@@ -16,7 +16,7 @@ ROWS = [{"prompt": f"Say {word}.", "response": f"{word}! " * n} for n, word in e
 
 
 def byte_tokenizer(adds_bos=False, bos=BOS, eos=EOS):
-    """One token a byte. As Llama-3's, it may put the beginning of sequence before every text by itself."""
+    """One token per byte. Like Llama-3's tokenizer, it can add a beginning of sequence to every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -144,7 +144,7 @@ def test_long_texts_take_no_time(piece):
     "text", ["The answer" + "\n" * 20_000, "The answer is:" + "\n " * 20_000, "answer: option" + " " * 20_000]
 )
 def test_long_stretches_of_white_space_take_no_time(text):
-    """Each took minutes, and more than linear time, when white space had several ways to match."""
+    """Each took minutes, in more than linear time, when white space could match in several ways."""
     started = time.process_time()
     assert parse_mmlu_response({"options": ["a", "b", "c", "d"]}, text) is None
     assert time.process_time() - started < 2

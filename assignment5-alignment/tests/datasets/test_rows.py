@@ -1,4 +1,4 @@
-"""Reading rows: forms of files, and the one sentence about what is wrong with one."""
+"""Reading rows: forms of files, and error messages of one sentence."""
 
 import gzip
 import json

@@ -24,7 +24,7 @@ def sleep(response: str, truth: str) -> str:
 
 
 def big_power(response: str, truth: str) -> int:
-    """One call into C that does not come back."""
+    """Call a C function that does not return."""
     return 9 ** (9**9) % int(response)
 
 

@@ -1,4 +1,4 @@
-"""Values of arithmetic, beside Python's own fractions and complex numbers."""
+"""Values of arithmetic expressions, compared with Python's fractions and complex numbers."""
 
 import cmath
 import math

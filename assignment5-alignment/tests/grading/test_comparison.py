@@ -1,4 +1,4 @@
-"""Equality of shapes in three values, with leaves that are equal, different or open."""
+"""Comparing shapes, with leaves that are equal, different or undecided."""
 
 import itertools
 

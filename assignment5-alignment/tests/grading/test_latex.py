@@ -1,4 +1,4 @@
-"""One spelling for many."""
+"""The canonical spelling of answers."""
 
 import time
 

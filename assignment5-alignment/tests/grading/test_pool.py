@@ -23,7 +23,7 @@ PAIR = ("x", "y")
 
 @pytest.fixture
 def pool_of():
-    """Makes pools for functions of `grading_functions`."""
+    """Makes pools for functions of `tests.grading.functions`."""
     pools = []
 
     def make(function: str, size: int = 1) -> WorkerPool:

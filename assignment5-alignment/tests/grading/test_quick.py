@@ -1,4 +1,4 @@
-"""The fast path: what strings and exact numbers decide."""
+"""The fast path: comparisons that strings and exact numbers decide."""
 
 import time
 

@@ -9,7 +9,7 @@ from cs336_alignment.grading.structure import Group, Leaf, Matrix, Named, Sequen
 
 
 def shape(text: str, thousands: bool = True):
-    """A shape in few words: brackets and kinds with their parts."""
+    """Describe a shape briefly: brackets and kinds with their parts."""
 
     def short(node):
         match node:

@@ -1,4 +1,4 @@
-"""Answers spelt otherwise, answers that are nearly right, and texts that are none, all made by rules."""
+"""Rewritten answers, slightly wrong answers, and texts that are not answers, all made by rules."""
 
 import random
 import time

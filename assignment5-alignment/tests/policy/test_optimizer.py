@@ -15,7 +15,7 @@ INPUTS, TARGETS = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
 
 
 def update(optimizer, microbatches, lr, scale=1.0):
-    """Update with the mean squared error, of which each microbatch has its share; returns the metrics."""
+    """Update with the mean squared error, split over microbatches, and return the metrics."""
     with optimizer.accumulate(lr) as gradients:
         for indices in microbatches:
             errors = (optimizer.model(INPUTS[indices])[:, 0] - TARGETS[indices]).square()

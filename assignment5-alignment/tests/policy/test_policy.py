@@ -1,4 +1,4 @@
-"""Log-probabilities of responses, asked of a policy."""
+"""Log-probabilities of responses under a policy."""
 
 import pytest
 import torch

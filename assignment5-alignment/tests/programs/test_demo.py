@@ -89,7 +89,7 @@ RECORDS = [
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The lines of the axes that are drawn, read before the figure is closed."""
+    """The lines of all axes, read before the figure is closed."""
     lines = []
 
     def read(figure):

@@ -1,4 +1,4 @@
-"""Training on preferences: it learns them, equals a loop written out with torch, resumes, and says what is wrong."""
+"""Training on preferences: it learns them, equals a loop written out with torch, resumes, and reports mistakes."""
 
 import json
 import math
@@ -28,7 +28,7 @@ PLACES = ["here", "there", "home", "away"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, and pairs of which the chosen response is the friendly one."""
+    """A model, and pairs whose chosen response is the friendly one."""
     folder = tmp_path_factory.mktemp("dpo")
     make_tiny_model(folder / "model", hidden_size=32, layers=1, context_length=256, initializer_range=0.1)
     rows = [
@@ -81,7 +81,7 @@ def test_it_learns_what_is_preferred_of_pairs_that_it_has_not_seen(config, capsy
 
 
 def test_updates_equal_a_loop_written_out_with_torch(config, monkeypatch):
-    """Its loss is that of whole documents, prompts included, which cancel."""
+    """The reference loss uses whole documents; the log-probabilities of the prompts cancel."""
     seen, batches = [], Epochs.batch
     monkeypatch.setattr(Epochs, "batch", lambda *args: seen.append(batches(*args)) or seen[-1])
     pairs, tokenize = [], dpo.tokenize_pair

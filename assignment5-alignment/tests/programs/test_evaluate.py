@@ -79,7 +79,7 @@ def test_everything_is_written_down(task, tmp_path, say):
 
 
 def test_a_real_engine_draws_by_the_seed(task, tmp_path):
-    """The same seed gives the same responses, another one others."""
+    """The same seed gives the same responses, and another seed gives other responses."""
     config = config_of(task, tmp_path, max_examples=3)
     runs = []
     for seed in (0, 0, 1):

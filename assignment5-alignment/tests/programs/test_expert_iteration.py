@@ -101,7 +101,7 @@ def starts_with_a_vowel(response, ground_truth):
 
 
 def test_a_stopped_run_resumes_bit_for_bit(config, tmp_path, monkeypatch):
-    """With the transformers engine, whose draws go on as well."""
+    """The transformers engine continues its random numbers too."""
     monkeypatch.setitem(REWARDS, "vowel", starts_with_a_vowel)
     config = replace(config, rollouts=replace(config.rollouts, reward="vowel"), rollouts_per_question=8)
     run_expert_iteration(replace(config, run_dir=tmp_path / "straight"))

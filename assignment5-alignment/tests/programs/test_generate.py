@@ -30,7 +30,7 @@ def config(model):
 
 @pytest.fixture
 def engine(model, monkeypatch):
-    """Says again what it was asked, with the number of the sample."""
+    """An engine that repeats the prompt and adds the number of the sample."""
     engine = scripted_engine.ScriptedEngine(load_tokenizer(model), lambda prompt, sample: f"{prompt}{sample}")
     monkeypatch.setattr("cs336_alignment.programs.generate.make_engine", lambda *_, **__: engine)
     return engine

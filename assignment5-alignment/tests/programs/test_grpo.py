@@ -1,4 +1,4 @@
-"""GRPO: rewards rise, updates are what they should be, and nothing odd in a batch breaks a run."""
+"""GRPO: rewards rise, updates equal a reference written out with torch, and odd batches do not break a run."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from tests.tiny_task import TinyTask
 
 
 def share_of_a(response, ground_truth):
-    """How much of the response is the letter a: something that a random model learns at once."""
+    """Reward the fraction of the letter a in a response, which a random model learns at once."""
     share = response.count("a") / max(1, len(response))
     return {"reward": share, "format_reward": float("a" in response), "answer_reward": share}
 
@@ -307,7 +307,7 @@ def test_the_reference_holds_the_policy_back(config, task, say, tmp_path):
 
 
 def test_tokens_are_the_engines_not_those_of_its_text(config, task, say, monkeypatch):
-    """One token may stand for what the tokenizer would write as several."""
+    """An engine may sample one token where the tokenizer would produce several."""
     engine = say(None)
     engine.generate = lambda prompts, params: [
         [

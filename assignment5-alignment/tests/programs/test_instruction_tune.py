@@ -1,4 +1,4 @@
-"""Instruction tuning: its losses are those of torch, it learns, resumes, and says what is wrong."""
+"""Instruction tuning: its losses equal torch's, it learns, it resumes, and mistakes are reported."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: it learns, resumes bit for bit, and says what is wrong."""
+"""Supervised fine-tuning: it learns, resumes bit for bit, and reports mistakes."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def config(task, tmp_path):
 
 
 def timeless(run):
-    """What must not depend on interruptions: everything but the clock."""
+    """Read the metrics without times, which are all that may depend on interruptions."""
     clock = ("seconds", "tokens_per_second")
     return [
         {name: value for name, value in record.items() if not any(word in name for word in clock)}

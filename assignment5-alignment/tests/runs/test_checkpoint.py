@@ -24,7 +24,7 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def trained(seed=0):
-    """A model and an optimizer that has a state."""
+    """A model, and an optimizer with a state."""
     model = tiny_model(seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model(torch.arange(5)[None]).logits.square().mean().backward()

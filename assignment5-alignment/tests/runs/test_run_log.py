@@ -1,4 +1,4 @@
-"""The record of a run."""
+"""The metrics of a run."""
 
 import json
 import sys

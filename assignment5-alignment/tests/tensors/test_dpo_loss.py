@@ -1,4 +1,4 @@
-"""DPO against arithmetic of single numbers, and against transformers asked for one whole string at a time."""
+"""DPO against arithmetic of single numbers, and against transformers, one whole string at a time."""
 
 import math
 

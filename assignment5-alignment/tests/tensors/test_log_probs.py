@@ -35,7 +35,7 @@ def random_case(shape=(2, 7, 1001), dtype=torch.float32, scale=3.0, seed=0):
 
 
 def naive(logits, labels, temperature=1.0):
-    """In float64 and all at once."""
+    """Compute the same in float64, all at once."""
     log_probs = F.log_softmax(logits.double() / temperature, dim=-1)
     entropy = torch.distributions.Categorical(logits=logits.double() / temperature).entropy()
     return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropy
@@ -96,7 +96,7 @@ def test_gradient_equals_that_of_float64(dtype, tolerance, monkeypatch):
 
 
 class LargestFloat32(TorchDispatchMode):
-    """Notes the most elements of any float32 tensor that is made."""
+    """Records the largest number of elements of a float32 tensor."""
 
     elements = 0
 
@@ -142,7 +142,7 @@ def test_a_model_of_transformers_and_the_gradients_of_its_weights():
 
 
 def tiny_gpt2():
-    """A model that looks its positions up in a table, where there is none before the first."""
+    """A model that looks up positions in a table, which has no negative ones."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2)
     return GPT2LMHeadModel(config).eval()

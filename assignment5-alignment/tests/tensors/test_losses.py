@@ -185,7 +185,7 @@ def test_the_kl_estimate_is_unbiased_and_never_negative():
 
 
 def aggregate_by_hand(loss, mask, aggregation, constant):
-    """What TRL calls grpo, dr_grpo and dapo, over lists of numbers."""
+    """Compute the aggregations that TRL calls grpo, dr_grpo and dapo, over lists of numbers."""
     rows = [[value for value, kept in zip(*row) if kept] for row in zip(loss.tolist(), mask.tolist())]
     if aggregation == "masked_mean":
         return sum(sum(row) / max(len(row), 1) for row in rows) / len(rows)

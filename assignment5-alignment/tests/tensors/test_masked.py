@@ -11,7 +11,7 @@ SHAPES = [(1,), (5,), (2, 7), (3, 1), (2, 3, 4)]
 
 
 def slices(tensor, dim):
-    """The vectors that a reduction over `dim` reduces, and the shape of its result."""
+    """Return the vectors that a reduction over `dim` reduces, and the shape of its result."""
     if dim is None:
         return tensor.reshape(1, -1), ()
     moved = tensor.movedim(dim, -1)

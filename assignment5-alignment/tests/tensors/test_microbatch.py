@@ -1,4 +1,4 @@
-"""Training steps: values and gradients by hand, and weights that do not depend on how a batch was cut."""
+"""Training steps: values and gradients by hand, and weights that do not depend on how a batch is split."""
 
 import math
 

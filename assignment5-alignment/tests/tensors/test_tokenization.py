@@ -1,4 +1,4 @@
-"""Batches against ones put together element by element, and microbatches against the best split."""
+"""Batches against batches made element by element, and microbatches against the best split."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ IDS = st.lists(st.integers(1, 50), max_size=6)
 
 
 def by_hand(prompts, outputs, pad):
-    """The same batch, one element at a time."""
+    """Make the batch one element at a time."""
     longest = max(len(prompt) + len(output) for prompt, output in zip(prompts, outputs))
     batch = {"input_ids": [], "labels": [], "response_mask": []}
     for prompt, output in zip(prompts, outputs):
@@ -109,7 +109,7 @@ def test_a_tokenizer_without_pad_token_is_refused():
 
 
 def fewest_microbatches(lengths, max_tokens):
-    """Over all ways to cut the sorted sequences into pieces that fit."""
+    """Search all ways to cut the sorted sequences into microbatches that fit."""
     lengths = sorted(lengths)
     best = [0]
     for end in range(1, len(lengths) + 1):

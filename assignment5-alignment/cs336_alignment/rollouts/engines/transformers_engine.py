@@ -193,12 +193,12 @@ class TransformersEngine:
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
         """Sample the next tokens. Returns them with their log-probabilities before temperature and top-p."""
         logits = logits.float()
-        normaliser = logits.logsumexp(-1)
+        normalizer = logits.logsumexp(-1)
         allowed = logits
         if not may_end:
             allowed = logits.index_fill(-1, torch.tensor(sorted(self._ends), device=logits.device), -torch.inf)
         tokens = sample_tokens(allowed, uniforms, params.temperature, params.top_p)
-        return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - normaliser
+        return tokens, logits.gather(-1, tokens[:, None]).squeeze(-1) - normalizer
 
     def _decoder_for(self, rows: int, columns: int) -> Decoder:
         """Return a decoder that is large enough. A compiled one is kept, because recording its graphs takes a while."""

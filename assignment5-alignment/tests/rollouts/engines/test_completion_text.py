@@ -12,7 +12,7 @@ TOKENIZER = byte_tokenizer()
 
 
 def feed(token_ids, **options):
-    """Append tokens until a stop string ends it: the text, and how many tokens it took (None: it never ended)."""
+    """Append tokens until a stop string ends the text. Returns it, and the number of tokens (None: it never ended)."""
     text = CompletionText(TOKENIZER, TOKENIZER("Q:").input_ids, **options)
     for count, token_id in enumerate(token_ids, start=1):
         if text.append(token_id):

@@ -37,7 +37,7 @@ def make_model(name="qwen2, 2 groups"):
 
 @torch.no_grad()
 def reference(model, texts):
-    """Logits of the next token of each text, without padding and cache."""
+    """Compute the logits of the next token of each text, without padding or cache."""
     model.set_attn_implementation("eager")
     logits = torch.stack([model(torch.tensor([text])).logits[0, -1] for text in texts])
     model.set_attn_implementation(GROUPED_ATTENTION)
@@ -46,7 +46,7 @@ def reference(model, texts):
 
 @torch.no_grad()
 def check_batch(decoder, model, prompts, prompt_of_row, steps, keep_at):
-    """Run a batch with random tokens; at some steps only some of its rows go on."""
+    """Run a batch with random tokens, dropping rows at some steps."""
     logits = decoder.start(prompts, prompt_of_row)
     texts = [list(prompts[prompt]) for prompt in prompt_of_row]
     for step in range(steps):

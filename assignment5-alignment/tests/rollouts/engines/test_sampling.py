@@ -1,4 +1,4 @@
-"""Tokens are drawn with the probabilities that they should have, exactly: evenly spaced numbers stand in for chance."""
+"""Tokens are sampled with exactly the right probabilities: evenly spaced numbers replace random ones."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def frequencies(logits, temperature, top_p):
 
 
 def nucleus(logits, temperature, top_p):
-    """The distribution that is drawn from, one token after the other, in float64."""
+    """Compute the distribution to sample from, token by token, in float64."""
     weights = np.exp(logits.double().numpy() / temperature)
     probabilities = weights / weights.sum()
     kept, total = np.zeros_like(probabilities), 0.0

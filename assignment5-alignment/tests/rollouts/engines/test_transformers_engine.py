@@ -48,7 +48,7 @@ def flat(completions):
 
 @torch.no_grad()
 def forward_log_probs(model, tokenizer, prompt, completion):
-    """Log-probabilities of the tokens of a completion from one forward pass, in float64."""
+    """Compute the log-probabilities of a completion's tokens in one forward pass, in float64."""
     prompt_ids = tokenizer(prompt).input_ids
     logits = model(torch.tensor([[*prompt_ids, *completion.token_ids]])).logits[0, len(prompt_ids) - 1 : -1]
     token_ids = torch.tensor(completion.token_ids)
@@ -56,7 +56,7 @@ def forward_log_probs(model, tokenizer, prompt, completion):
 
 
 def generate(model, tokenizer, prompts, **options):
-    """What transformers makes of the prompts, greedily, as a batch that is padded on the left."""
+    """Let transformers complete the prompts greedily, as a batch padded on the left."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     config = GenerationConfig(
         do_sample=False, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **options
@@ -169,7 +169,7 @@ def test_stop_strings_cut_what_would_have_come(either_engine, tokenizer, min_tok
 
 
 def test_end_of_sequence(model, tokenizer):
-    """A token that comes early is made an end of sequence, as a generation config may do."""
+    """A generation config can make another token an end of sequence; here one that comes early."""
     params = SamplingParams(temperature=0, max_tokens=12)
     (before,) = TransformersEngine(model, tokenizer).generate(["x"], params)[0]
     end = before.token_ids[4]

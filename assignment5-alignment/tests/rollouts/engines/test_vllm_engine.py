@@ -24,7 +24,7 @@ needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason
 
 
 class Fixture:
-    """An engine, the model that it began with and may be given, and the transformers engine on that model."""
+    """An engine, the model that it started with, and the transformers engine on that model."""
 
     def __init__(self, folder, tied):
         make_tiny_model(folder, seed=3, context_length=CONTEXT, initializer_range=0.2, tie_word_embeddings=tied)
@@ -37,7 +37,7 @@ class Fixture:
         self.state_after = global_state()
 
     def perturb(self, seed):
-        """Change the model's weights a little, all of them."""
+        """Change all weights of the model a little."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.model.parameters():
@@ -157,7 +157,7 @@ def test_prompts_that_vllm_processes_in_parts(fixture, engine):
 
 @needs_vllm
 def test_end_of_sequence_leaves_no_text(fixture, engine, monkeypatch):
-    """A token that comes early is made an end of sequence, as a generation config may do."""
+    """A generation config can make another token an end of sequence; here one that comes early."""
     (before,) = engine.generate(["x"], GREEDY)[0]
     first = before.token_ids.index(before.token_ids[4])
     ends = {"eos_token_id": [fixture.tokenizer.eos_token_id, before.token_ids[4]]}

@@ -1,4 +1,4 @@
-"""Weights of another architecture are told from those that fit."""
+"""Weights of another architecture are refused."""
 
 import pytest
 import torch
