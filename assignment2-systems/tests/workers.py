@@ -105,6 +105,7 @@ def _run(process: Rank, rendezvous: str, function: Callable, args: tuple) -> obj
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "Conversion of an array with ndim > 0")  # Triton 3.6's interpreter
             return function(process, *args)
     finally:
         if dist.is_initialized():

@@ -400,7 +400,7 @@ def started_messages(process, wrap):
     x, y = (part(process, rows) for rows in problem.batches[0])
     problem.loss(model, x, y).backward()  # lets FSDP know the order of the units
     model.finish_gradient_synchronization()
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as profiled:
         loss = problem.loss(model, x, y)
         with record_function("backward pass"):
             loss.backward()

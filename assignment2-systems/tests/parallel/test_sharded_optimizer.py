@@ -128,6 +128,8 @@ def check_added_group(process, make):
 
 @optimizers
 def test_a_group_added_later(workers, make):
+    if make.func is torch.optim.Adagrad and torch.__version__ < "2.11":
+        pytest.skip("Adagrad of PyTorch 2.10 does not take a group after its first step")
     workers.run(check_added_group, 2, make)
 
 
