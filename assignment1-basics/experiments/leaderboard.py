@@ -1,7 +1,7 @@
-"""The leaderboard in miniature: the lowest loss on the broad corpus in five minutes of one GPU.
+"""The leaderboard in miniature: the lowest loss on the broad corpus in five minutes on one GPU.
 
-A ladder finds the recipe: runs against a short clock, each with one change to the best recipe so far, which keeps the
-change if it lowers the validation loss. Then the recipe, some variants of it and the naive baseline get five minutes.
+A ladder of short runs with a time limit finds the recipe: each run makes one change to the best recipe so far, and the
+change is kept if it lowers the validation loss. Then the recipe, some variants of it and the baseline get five minutes.
 """
 
 from collections.abc import Mapping
@@ -9,24 +9,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cs336_basics.training import TrainConfig
+from experiments.leaderboard_config import LeaderboardConfig
 from experiments.models import TrainModels
 from experiments.results import RESULTS
 from experiments.sweep import Attention, Run, run_here
 
-#: Steps that configurations below are written for; a run against the clock stretches them.
+#: The number of steps that the configurations below are written for; a run with a time limit scales them.
 STEPS = 1000
-#: By how much, in nats, a change has to lower the loss to be kept. The same run twice may differ by 0.01.
+#: A change is kept if it lowers the loss by at least this much, in nats. Two equal runs may differ by 0.01.
 LEAST_GAIN = 0.005
 
-#: Changes, tried in this order. Keys are fields of `TrainConfig`, with "model." or "optimizer." before those of its
-#: parts, or "attention". A key that ends in " x" multiplies: the learning rates, the batch, or for the start of a
-#: growth what it grows to. A second try is for what was out of time by half a second, or may need what was kept since.
+#: The changes, in the order in which they are tried. Keys are fields of `LeaderboardConfig` ("model." and "optimizer."
+#: come before the fields of its parts) or "attention". A key that ends in " x" multiplies the learning rates or the
+#: batch, or sets the start of a growth to this share of its end. A second try is for a change that missed the time
+#: limit by half a second, or that may need a change that was kept since.
 LADDER: dict[str, Mapping[str, Any]] = {
     "FlashAttention": {"attention": "flash"},
     "12 blocks of width 768, context 512": {
-        "model.d_model": 768, "model.num_layers": 12, "model.num_heads": 12, "model.context_length": 512,
-        "batch_size": 64, "lr x": 0.5,
+        "model.d_model": 768,
+        "model.num_layers": 12,
+        "model.num_heads": 12,
+        "model.context_length": 512,
+        "batch_size": 64,
+        "lr x": 0.5,
     },
     "half the rate": {"lr x": 0.5},
     "tied embeddings": {"model.tie_embeddings": True},
@@ -49,14 +54,18 @@ LADDER: dict[str, Mapping[str, Any]] = {
     "batch from a quarter": {"start_batch_size x": 0.25},
     "context from a quarter": {"start_context x": 0.25},
     "heads of width 64, second try": {"model.num_heads": 8},
-}  # fmt: skip
+}
 
-#: The recipe for the long clock: a larger model reads the text less often in the same time. QK-norm is for stability;
-#: without growth there are fewer shapes to compile, which takes minutes for twelve blocks.
+#: A larger model for the long time limit, in which it reads the text less often. QK-norm is for stability; without
+#: growth there are fewer shapes to compile, each of which takes minutes for twelve blocks.
 LARGER: Mapping[str, Any] = {
-    "model.d_model": 768, "model.num_layers": 12, "model.num_heads": 12, "model.qk_norm": True, "start_context": None,
+    "model.d_model": 768,
+    "model.num_layers": 12,
+    "model.num_heads": 12,
+    "model.qk_norm": True,
+    "start_context": None,
     "lr x": 0.5,
-}  # fmt: skip
+}
 FINALS: dict[str, Mapping[str, Any]] = {
     "recipe": {},
     "12 blocks of width 768": LARGER,
@@ -73,13 +82,13 @@ FINALS: dict[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is made of."""
+    """The configuration of a run, and its attention."""
 
-    config: TrainConfig
+    config: LeaderboardConfig
     attention: Attention = "plain"
 
     def changed(self, changes: Mapping[str, Any]) -> "Recipe":
-        """With some changes, whose keys are those of `LADDER`."""
+        """Return the recipe with some changes, whose keys are described at `LADDER`."""
         recipe = self
         for key, value in changes.items():
             if key == "attention":
@@ -103,27 +112,28 @@ class Recipe:
         return recipe
 
     def run(self, problem: str, name: str, seconds: float) -> Run:
+        """Return a run of this recipe with a time limit."""
         return Run(problem, name, self.config, self.attention, seconds)
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """Climb the ladder, or run the finals; what is in the results already is not done again."""
+    """Climb the ladder, then run the finals. Runs that are already in the results are not repeated."""
 
     broad: Path = Path("data/owt")
-    """Folder of the broad corpus' train.npy and valid.npy."""
+    """Folder with train.npy and valid.npy of the broad corpus."""
     seconds: float = 40.0
-    """The short clock, of the ladder's runs."""
+    """Time limit of the ladder's runs."""
     final_seconds: float = 300.0
-    """The long clock."""
+    """Time limit of the finals."""
     finals: tuple[str, ...] = ()
-    """Run these under the long clock: baseline, or names from FINALS. Default: climb the ladder."""
+    """Finals to run after the ladder: baseline, or names from FINALS. Default: none."""
     last: int | None = None
-    """Stop after so many changes of the ladder, to go on later."""
+    """Stop after this many changes of the ladder, to continue later."""
     device: str = "auto"
     """cpu, cuda, or auto for a GPU if there is one."""
     runs: Path = Path("runs/experiments")
-    """Folder for the folders of the runs."""
+    """Folder to create the run folders in."""
     out: Path = RESULTS
     """Folder of the results."""
 
@@ -141,16 +151,14 @@ class Leaderboard:
             run_here(entrant.run("leaderboard_finals", name, self.final_seconds), self.runs, self.out)
 
     def climb(self, recipe: Recipe) -> Recipe:
-        """The recipe that the ladder ends with."""
+        """Return the recipe that the ladder ends with."""
         first = run_here(recipe.run("leaderboard", "baseline", self.seconds), self.runs, self.out)
         if first["status"] != "finished":
-            raise ValueError(
-                f"the baseline is {first['status']}, and nothing can be compared with it; change --seconds"
-            )
+            raise ValueError(f"the baseline is {first['status']}, so nothing can be compared with it; change --seconds")
         best = first["valid_loss"]
         for name, changes in list(LADDER.items())[: self.last]:
             candidate = recipe.changed(changes)
-            if candidate == recipe:  # it has come in with a change before
+            if candidate == recipe:  # an earlier change has made it already
                 continue
             row = run_here(candidate.run("leaderboard", name, self.seconds), self.runs, self.out)
             if row["status"] == "finished" and row["valid_loss"] < best - LEAST_GAIN:
@@ -158,7 +166,8 @@ class Leaderboard:
                 print(f"kept: {name}")
         return recipe
 
-    def baseline(self) -> TrainConfig:
-        """The course's model, with the learning rate that was best for TinyStories."""
-        config = TrainModels(broad=self.broad, device=self.device).base("owt", STEPS, eval_every=STEPS)
+    def baseline(self) -> LeaderboardConfig:
+        """Return the course's model, with the learning rate that was best for TinyStories."""
+        base = TrainModels(broad=self.broad, device=self.device).base("owt", STEPS, eval_every=STEPS)
+        config = LeaderboardConfig.of(base)
         return replace(config, optimizer=replace(config.optimizer, warmup_steps=STEPS // 20))

@@ -1,110 +1,53 @@
-"""How fast `train` is, and what the GPU does meanwhile: the preset tinystories-17m, alone on the machine."""
+"""experiment_log: how fast `train` is with the preset tinystories-17m, and what the GPU does meanwhile."""
 
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
-from torch.profiler import ProfilerActivity, profile, schedule
 
 from cs336_basics.presets import TRAIN
-from cs336_basics.run_log import read_metrics
-from cs336_basics.strategy import SingleDevice
-from cs336_basics.training import train
+from cs336_basics.run_folder import read_metrics
 from experiments.results import RESULTS, write_result
 from experiments.sweep import measured
-
-#: What a kernel's name begins with or holds -> what it does.
-_KINDS = {
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma"),
-    "optimizer and clipping": ("multi_tensor", "foreach", "lpnorm"),
-    "copies": ("memcpy", "memset"),
-    "fused by torch.compile": ("triton_",),
-}
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Train for some hundred steps, then profile a few of them, and write throughput.json."""
+    """Measure the speed of training, then profile a few steps. Run it alone on the machine."""
 
     tinystories: Path = Path("data/tinystories")
     """Folder of train.npy and valid.npy."""
     steps: int = 600
-    """Steps of the run that is timed, evaluations included."""
+    """Steps of the timed run, which includes evaluations."""
     profiled: int = 20
-    """Steps that are profiled, in a run of their own."""
+    """Steps to profile, in a run of their own."""
     device: str = "auto"
     """cpu, cuda, or auto for a GPU if there is one."""
     out: Path = RESULTS
     """Folder of the results."""
 
     def execute(self) -> None:
-        """Measure."""
+        """Measure, and write throughput.json."""
+        from cs336_basics.training import train
+        from experiments.kernel_times import ProfiledDevice, kernel_times
+
         with tempfile.TemporaryDirectory() as folder:
             config = replace(
                 TRAIN["tinystories-17m"][1],
-                run=Path(folder) / "timed",
+                run_dir=Path(folder) / "timed",
                 train_data=self.tinystories / "train.npy",
                 valid_data=self.tinystories / "valid.npy",
                 steps=self.steps,
                 device=self.device,
             )
             train(config)
-            speed = measured(read_metrics(config.run / "metrics.jsonl"))
-            strategy = _Profiled(self.device, self.profiled)
+            speed = measured(read_metrics(config.run_dir / "metrics.jsonl"))
+            strategy = ProfiledDevice(self.device, self.profiled)
             with strategy.profiler:
-                train(replace(config, run=Path(folder) / "profiled", steps=30 + self.profiled), strategy)
+                train(replace(config, run_dir=Path(folder) / "profiled", steps=30 + self.profiled), strategy)
         content = {
             "steps": self.steps,
             "tokens_per_second": speed["tokens_per_second"],
             "mfu": speed["mfu"],
-            **kernels(strategy.profiler, self.profiled),
+            **kernel_times(strategy.profiler, self.profiled),
         }
         write_result("throughput", "the training command on tinystories-17m", content, self.out, str(strategy.device))
-
-
-class _Profiled(SingleDevice):
-    """A strategy that tells the profiler when a step has ended."""
-
-    def __init__(self, device: str, steps: int) -> None:
-        super().__init__(device)
-        activity = ProfilerActivity.CUDA if self.device.type == "cuda" else ProfilerActivity.CPU
-        # After compilation and the first evaluation.
-        self.profiler = profile(activities=[activity], schedule=schedule(wait=25, warmup=4, active=steps))
-
-    def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torch.Tensor:
-        norm = super().step(model, optimizer, max_grad_norm)
-        self.profiler.step()
-        return norm
-
-
-def kernels(profiler: profile, steps: int) -> dict[str, Any]:
-    """Milliseconds per step of the GPU by kind of kernel and of the largest kernels, and the time it waits."""
-    by_name: dict[str, float] = defaultdict(float)
-    begin, end = float("inf"), 0.0
-    for event in profiler.events() or []:
-        if event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith("ProfilerStep"):
-            continue
-        by_name[event.name] += event.time_range.elapsed_us() / 1e3 / steps
-        begin, end = min(begin, event.time_range.start), max(end, event.time_range.end)
-    by_kind: dict[str, float] = defaultdict(float)
-    for name, time in by_name.items():
-        by_kind[_kind(name)] += time
-    busy = sum(by_kind.values())
-    if not busy:
-        return {"kinds_ms": {}, "kernels_ms": {}}
-    largest = sorted(by_name.items(), key=lambda item: -item[1])[:15]
-    return {
-        "step_ms": (end - begin) / 1e3 / steps,
-        "busy_ms": busy,
-        "kinds_ms": dict(sorted(by_kind.items(), key=lambda item: -item[1])),
-        "kernels_ms": {name[:120]: time for name, time in largest},
-    }
-
-
-def _kind(kernel: str) -> str:
-    name = kernel.lower()
-    return next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), "other")

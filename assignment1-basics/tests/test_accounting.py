@@ -7,14 +7,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cs336_basics import accounting
-from cs336_basics.model import BasicsTransformerLM, ModelConfig
+from cs336_basics.model import BasicsTransformerLM
+from cs336_basics.model_config import ModelConfig
 from cs336_basics.nn_utils import cross_entropy
 from cs336_basics.presets import MODELS
 
 SMALL = ModelConfig(vocab_size=67, context_length=20, d_model=24, num_layers=3, num_heads=2, d_ff=40)
 VARIANTS = [{}, {"norm": "post"}, {"norm": "none"}, {"position": "none"}, {"ffn": "silu", "d_ff": None},
             {"ffn": "relu2", "d_ff": None}, {"tie_embeddings": True}, {"qk_norm": True},
-            {"value_embeddings": 2}]  # fmt: skip
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", VARIANTS)

@@ -1,15 +1,16 @@
-"""What the benchmarks share: interleaved timing and the file of a result."""
+"""What the benchmarks share: interleaved timing, and the printing and writing of rows."""
 
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from experiments import results
+from experiments.results import write_result
 
 
 def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> dict[str, dict[str, float]]:
-    """Time candidates in turn, `repeats` times each, so that a noisy minute of the machine meets all of them.
+    """Time candidates in turn, `repeats` times each, so that a noisy minute of the machine affects all of them.
 
     Returns:
         For each the median, the fastest and the slowest time in seconds.
@@ -26,12 +27,9 @@ def interleaved(candidates: dict[str, Callable[[], object]], repeats: int) -> di
     }
 
 
-def write_result(name: str, what: str, rows: list[dict], folder: Path | None = None, device: str = "cpu") -> Path:
-    """Show `rows`, and write them and where they come from to `results/<name>.json`."""
+def write_rows(name: str, what: str, rows: list[dict[str, Any]], folder: Path, device: str = "cpu") -> None:
+    """Print the rows of a benchmark and write them as a result."""
     for row in rows:
-        print(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
-    return results.write_result(name, what, {"rows": rows}, folder or results.RESULTS, device)
+        shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()]
+        print("  ".join(shown))
+    write_result(name, what, {"rows": rows}, folder, device)

@@ -1,14 +1,14 @@
-"""Training on cores that other programs use too: `python -m benchmarks.shared_machine [--rounds 3] [--out FOLDER]`.
+"""Training on cores that other programs use too.
 
-The demo's training step runs in a new process under each setting of OpenMP's threads, on an idle machine and beside
-busy processes, all settings in turn. Between two parallel regions OpenMP's threads spin for a while before they sleep
-(libgomp: 300 000 rounds of a loop unless GOMP_SPINCOUNT says otherwise). On an idle machine that saves the time to wake
-them. On a busy one they spin for a partner that is not running, and use up the share of the cores that it waits for.
+The demo's training step runs in a new process under each setting of OpenMP's threads, on an idle machine and next to
+busy processes, with all settings in turn. Between two parallel regions OpenMP's threads spin for a while before they
+sleep (libgomp: 300 000 iterations of a loop unless GOMP_SPINCOUNT says otherwise). On an idle machine that saves the
+time to wake them. On a busy one they spin for a partner that is not running, and use up the share of the cores that it
+waits for.
 
 The fair share of a busy machine is n / (n + busy) of the idle machine's speed, where n is the number of its cores.
 """
 
-import argparse
 import multiprocessing
 import os
 import statistics
@@ -16,10 +16,12 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness import write_result
 from cs336_basics.machine import available_cpus
+from experiments.benchmarks.harness import write_rows
+from experiments.results import RESULTS
 
 SETTINGS: dict[str, dict[str, str]] = {
     "PyTorch's default": {},
@@ -33,7 +35,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 
 
 def train(seconds: float) -> None:
-    """Print a line when ready, wait for one, and print the tokens per second of the demo's training step."""
+    """Print a line when ready, wait for a line, then print the tokens per second of the demo's training step."""
     import torch
 
     from cs336_basics.demo import DemoConfig
@@ -65,15 +67,15 @@ def train(seconds: float) -> None:
 
 
 def keep_busy() -> None:
-    """Use a core for ever."""
+    """Use a core until the process is killed."""
     while True:
         pass
 
 
 def tokens_per_second(setting: dict[str, str], busy: int, seconds: float) -> float:
-    """Train under a setting beside `busy` busy processes."""
+    """Return the speed of training under a setting next to `busy` busy processes."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
-    command = [sys.executable, "-m", "benchmarks.shared_machine", "--train", str(seconds)]
+    command = [sys.executable, "-c", f"from {__name__} import train; train({seconds})"]
     with ExitStack() as stack:
         training = stack.enter_context(
             subprocess.Popen(command, env=inherited | setting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -87,36 +89,34 @@ def tokens_per_second(setting: dict[str, str], busy: int, seconds: float) -> flo
         return float(training.communicate("start\n")[0])
 
 
-def main() -> None:
-    """Measure all settings and write `results/shared_machine.json`."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of training, for each figure")
-    parser.add_argument("--out", type=Path, help="folder of the result")
-    parser.add_argument("--train", type=float, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.train:
-        train(options.train)
-        return
-    cores, rows = available_cpus(), []
-    for busy in (0, cores, 2 * cores):
-        measured: dict[str, list[float]] = {name: [] for name in SETTINGS}
-        for _ in range(options.rounds):
-            for name, setting in SETTINGS.items():
-                measured[name].append(tokens_per_second(setting, busy, options.seconds))
-        rows += [
-            {
-                "busy_processes": busy,
-                "fair_share": cores / (cores + busy),
-                "setting": name,
-                "tokens_per_second": statistics.median(speeds),
-                "min": min(speeds),
-                "max": max(speeds),
-            }
-            for name, speeds in measured.items()
-        ]
-    write_result("shared_machine", f"the demo's training step on {cores} shared cores", rows, options.out)
+@dataclass(frozen=True)
+class SharedMachine:
+    """Measure the demo's training step under settings of OpenMP, on an idle and on a busy machine."""
 
+    rounds: int = 3
+    """Measure every setting this many times, in turn."""
+    seconds: float = 5.0
+    """Seconds of training for each measurement."""
+    out: Path = RESULTS
+    """Folder of the results."""
 
-if __name__ == "__main__":
-    main()
+    def execute(self) -> None:
+        """Measure all settings, and write shared_machine.json."""
+        cores, rows = available_cpus(), []
+        for busy in (0, cores, 2 * cores):
+            measured: dict[str, list[float]] = {name: [] for name in SETTINGS}
+            for _ in range(self.rounds):
+                for name, setting in SETTINGS.items():
+                    measured[name].append(tokens_per_second(setting, busy, self.seconds))
+            rows += [
+                {
+                    "busy_processes": busy,
+                    "fair_share": cores / (cores + busy),
+                    "setting": name,
+                    "tokens_per_second": statistics.median(speeds),
+                    "min": min(speeds),
+                    "max": max(speeds),
+                }
+                for name, speeds in measured.items()
+            ]
+        write_rows("shared_machine", f"the demo's training step on {cores} shared cores", rows, self.out)
