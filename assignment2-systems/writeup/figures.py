@@ -54,7 +54,7 @@ def buckets(results: Path) -> Figure:
     course = [1e3 * ddp_overhead(total, bandwidth, fit["call_ms"] / 1e3, total / (size * MIB)) for size in finer]
     axes.semilogx(finer, course, "--", label="the course's formula, same o")
     axes.axvline(_mib(fit, "optimum"), color="#999999", linewidth=0.7, linestyle=":")
-    axes.set(xlabel="bucket (MiB)", ylabel="time beyond no communication (ms)", ylim=(0, 75))
+    axes.set(xlabel="bucket (MiB)", ylabel="beyond no communication (ms)", ylim=(0, 75))
     axes.legend()
     return figure
 

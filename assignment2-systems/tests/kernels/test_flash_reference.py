@@ -8,8 +8,7 @@ import torch
 
 from cs336_systems.kernels.flash_attention.reference import FlashAttentionPyTorch, flash_backward, flash_forward
 from cs336_systems.kernels.flash_attention.shapes import check_inputs
-
-from .reference_attention import (
+from tests.reference_attention import (
     assert_errors_within,
     expected_results,
     plain_attention,

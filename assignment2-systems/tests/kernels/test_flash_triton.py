@@ -14,8 +14,7 @@ from triton.runtime.errors import OutOfResources
 
 from cs336_systems.kernels import triton_support
 from cs336_systems.kernels.flash_attention import FlashAttentionTriton, flash_attention, triton_ops
-
-from .reference_attention import (
+from tests.reference_attention import (
     assert_errors_within,
     expected_results,
     plain_attention,
