@@ -52,10 +52,7 @@ def test_traffic_by_hand():
 )
 def test_fsdp_units_are_the_models_modules(config):
     with torch.device("meta"):
-        model = BasicsTransformerLM(
-            config.vocab_size, config.context_length, config.d_model, config.num_layers, config.num_heads,
-            config.d_ff, config.rope_theta, norm=config.norm, ffn=config.ffn,
-        )  # fmt: skip
+        model = BasicsTransformerLM.from_config(config)
     found = [module.weight for module in model.modules() if isinstance(module, Linear | Embedding)]
     assert sorted(fsdp_units(config)) == sorted(weight.numel() for weight in found)
     assert fsdp_units(config)[0] == model.token_embeddings.weight.numel()
