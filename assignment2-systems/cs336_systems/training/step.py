@@ -240,7 +240,7 @@ class ModelWithLoss(nn.Module):
         super().__init__()
         self.model = model
         self.head = HeadWithLoss(model.lm_head, loss)
-        self._hidden = torch.compile(model.hidden) if compiled else model.hidden
+        self._hidden = torch.compile(model.hidden_states) if compiled else model.hidden_states
 
     def forward(self, ids: Int[Tensor, "batch context"], targets: Int[Tensor, "batch context"]) -> Float[Tensor, ""]:
         with phase("forward", ids.device):

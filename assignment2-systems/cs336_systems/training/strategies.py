@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 
 from cs336_basics.checkpoint import save_checkpoint
 from cs336_basics.model import Embedding, Linear, TransformerBlock
-from cs336_basics.muon import Muon, parameters_for
-from cs336_basics.optimizer import AdamW
+from cs336_basics.muon import Muon
+from cs336_basics.optimizer import AdamW, parameters_for
 from cs336_basics.strategy import SingleDevice
 from cs336_systems.parallel import (
     FSDP,

@@ -11,13 +11,14 @@ from dataclasses import asdict
 
 import torch
 
-from cs336_basics.checkpoint import save_checkpoint
+from cs336_basics.checkpoint import latest_checkpoint, save_checkpoint
 from cs336_basics.cli import report
 from cs336_basics.model import BasicsTransformerLM
 from cs336_basics.optimizer import AdamW
 from cs336_basics.run_folder import config_to_json
 from cs336_basics.strategy import Strategy
-from cs336_basics.training import latest_checkpoint, read_model_config, train
+from cs336_basics.train_config import read_model_config
+from cs336_basics.training import train
 from cs336_systems.parallel.collectives import check_same_on_all_ranks
 from cs336_systems.parallel.process_group import process_group, under_torchrun
 from cs336_systems.parallel.sharded_checkpoint import Checkpoint
@@ -37,7 +38,7 @@ def train_with_strategy(options: Train) -> None:
     name = "ddp-bucketed" if options.strategy == "auto" else options.strategy
     with report_sigterm(), process_group(options.backend, options.config.device, options.timeout_s) as rank:
         settings = {"strategy": name, "attention": options.attention} | asdict(strategy_options)
-        settings |= config_to_json(options.config) | {"checkpoint": latest_checkpoint(options.config.run)}
+        settings |= config_to_json(options.config) | {"checkpoint": latest_checkpoint(options.config.run_dir)}
         check_same_on_all_ranks([f"{key} {value}" for key, value in settings.items()], "settings")
         _train(options, resolve(STRATEGIES, name)(rank, strategy_options))
 

@@ -15,8 +15,8 @@ import torch
 
 from cs336_basics.checkpoint import read_checkpoint
 from cs336_basics.model import ModelConfig
-from cs336_basics.runs import load_model
-from cs336_basics.training import TrainConfig
+from cs336_basics.load_run import load_model
+from cs336_basics.train_config import TrainConfig
 from cs336_systems.training.choices import STRATEGIES, resolve
 from cs336_systems.training.options import Consolidate, Train
 from cs336_systems.training.strategies import StrategyOptions
@@ -36,7 +36,7 @@ def data(tmp_path_factory):
 @pytest.fixture
 def config(data, tmp_path):
     return TrainConfig(
-        run=tmp_path / "run", train_data=data / "train.npy", valid_data=data / "valid.npy",
+        run_dir=tmp_path / "run", train_data=data / "train.npy", valid_data=data / "valid.npy",
         model=ModelConfig(53, 8, 16, 2, 2, 24), steps=4, batch_size=4, checkpoint_every=2, device="cpu",
     )  # fmt: skip
 
@@ -62,7 +62,7 @@ def test_two_processes_have_the_losses_of_one(config, data, tmp_path, capsys):
     command = torchrun(data, tmp_path / "two", "--standalone")
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert result.stdout.count("step 4: training loss") == 1  # rank 0 speaks
-    assert losses(tmp_path / "two") == pytest.approx(losses(config.run), abs=1e-5)
+    assert losses(tmp_path / "two") == pytest.approx(losses(config.run_dir), abs=1e-5)
 
 
 def test_a_killed_process_is_noticed_and_the_job_goes_on(data, tmp_path):
@@ -124,26 +124,26 @@ def train_fsdp(process, config):
 def test_consolidate_makes_what_generate_reads(config, workers, capsys):
     workers.run(train_fsdp, 2, config)
     with pytest.raises(FileNotFoundError):
-        read_checkpoint(config.run / "checkpoints" / "step_00000004.pt")  # a folder
-    Consolidate(config.run).execute()
+        read_checkpoint(config.run_dir / "checkpoints" / "step_00000004.pt")  # a folder
+    Consolidate(config.run_dir).execute()
     assert "cs336-basics generate" in capsys.readouterr().out
-    whole = load_model(config.run, "cpu", config.run / "consolidated.pt")
-    alone = replace(config, run=config.run.with_name("alone"))
+    whole = load_model(config.run_dir, "cpu", config.run_dir / "consolidated.pt")
+    alone = replace(config, run_dir=config.run_dir.with_name("alone"))
     Train(alone).execute()
-    for ours, theirs in zip(whole.parameters(), load_model(alone.run, "cpu").parameters(), strict=True):
+    for ours, theirs in zip(whole.parameters(), load_model(alone.run_dir, "cpu").parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
-    assert read_checkpoint(config.run / "consolidated.pt")["iteration"] == 4
+    assert read_checkpoint(config.run_dir / "consolidated.pt")["iteration"] == 4
 
 
 def test_consolidate_copies_what_is_one_file(config, tmp_path, capsys):
     Train(replace(config, optimizer=replace(config.optimizer, name="muon"))).execute()
-    Consolidate(config.run, output=tmp_path / "copy.pt").execute()
+    Consolidate(config.run_dir, output=tmp_path / "copy.pt").execute()
     assert "copy.pt; cs336-basics generate" in capsys.readouterr().out
-    checkpoint = config.run / "checkpoints" / "step_00000004.pt"
+    checkpoint = config.run_dir / "checkpoints" / "step_00000004.pt"
     assert (tmp_path / "copy.pt").read_bytes() == checkpoint.read_bytes()
 
 
 def test_consolidate_needs_a_checkpoint(config):
-    config.run.mkdir()
+    config.run_dir.mkdir()
     with pytest.raises(FileNotFoundError, match="train a model first"):
-        Consolidate(config.run).execute()
+        Consolidate(config.run_dir).execute()
