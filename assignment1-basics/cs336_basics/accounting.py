@@ -150,11 +150,11 @@ def adamw_step_flops(config: ModelConfig) -> int:
 
 
 def training_days(
-    config: ModelConfig, batch_size: int, steps: int, flops_per_second: float, utilisation: float = 0.5
+    config: ModelConfig, batch_size: int, steps: int, flops_per_second: float, utilization: float = 0.5
 ) -> float:
-    """Return the days that training takes on hardware of a peak rate, of which the share `utilisation` is reached."""
+    """Return the days that training takes on hardware of a peak rate, of which the share `utilization` is reached."""
     total = steps * (training_flops(config, batch_size) + adamw_step_flops(config))
-    return total / (flops_per_second * utilisation) / 86_400
+    return total / (flops_per_second * utilization) / 86_400
 
 
 def peak_flops(device_name: str, precision: Literal["float32", "bfloat16"]) -> float | None:
@@ -168,7 +168,7 @@ def peak_flops(device_name: str, precision: Literal["float32", "bfloat16"]) -> f
     return None
 
 
-def model_flops_utilisation(
+def model_flops_utilization(
     config: ModelConfig, tokens_per_second: float, peak: float, sequence_length: int | None = None
 ) -> float:
     """Return the share of the peak rate that goes into the model's matmuls (MFU; Chowdhery et al. 2022, appendix B).

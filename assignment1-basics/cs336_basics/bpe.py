@@ -1,6 +1,6 @@
 """Train a byte-level BPE tokenizer (Sennrich et al. 2016; byte-level as in Radford et al. 2019).
 
-Start from the 256 bytes; again and again, join the most frequent pair of neighbouring tokens into a new token. That is
+Start from the 256 bytes; again and again, join the most frequent pair of neighboring tokens into a new token. That is
 `train_bpe_naive`. The rest of this file does the same, faster. Two ideas are enough for that in plain Python:
 
 - A word (pre-token) is a `str` with one *character* per token, whose code is the token's id. Joining a pair everywhere
@@ -132,7 +132,7 @@ def train_bpe_from_counts(
 
 
 class _Pairs:
-    """The pairs of neighbouring tokens: how often each occurs, and in which words.
+    """The pairs of neighboring tokens: how often each occurs, and in which words.
 
     A token is a character, a pair is a string of two, and a word is a string.
     """

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#e0a030", "#6c4f8c", "#555555", "#2aa198", "#a0522d"]
+COLORS = ["#1b6ca8", "#d1495b", "#3a7d44", "#e0a030", "#6c4f8c", "#555555", "#2aa198", "#a0522d"]
 #: matplotlib's settings for figures of the write-ups.
 STYLE: dict[str, Any] = {
     "font.family": "serif",
@@ -54,7 +54,7 @@ def save_figures(draw: Mapping[str, Callable[[], "Figure"]], folder: Path) -> No
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
+    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLORS)}
     with plt.rc_context(style):
         for name, draw_one in draw.items():
             figure = draw_one()

@@ -52,7 +52,7 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "owt-leaderboard": (
-        "the recipe of experiments/leaderboard.py, sized for 1.5 hours on an H100 with Assignment 2's attention",
+        "the recipe of experiments/leaderboard/ladder.py, sized for 1.5 hours on an H100 with Assignment 2's attention",
         TrainConfig(
             run_dir=Path("runs/owt-leaderboard"),
             train_data=Path("data/owt/train.npy"),

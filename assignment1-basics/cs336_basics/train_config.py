@@ -37,10 +37,15 @@ class OptimizerChoice:
 
 #: To add an optimizer, add a line. The command line's choices and help and the checks below follow from this table.
 OPTIMIZERS = {
-    "adamw": OptimizerChoice("cs336_basics.optimizer.AdamW", "for all parameters"),
-    "muon": OptimizerChoice("cs336_basics.muon.Muon", "for the blocks' matrices, AdamW for the rest", ("momentum",)),
-    "normuon": OptimizerChoice("cs336_basics.muon.NorMuon", "Muon with updates of one size per row", ("momentum",)),
+    "adamw": OptimizerChoice("cs336_basics.optimizer.AdamW", "AdamW for all parameters"),
+    "muon": OptimizerChoice(
+        "cs336_basics.muon.Muon", "Muon for the matrices of the blocks, AdamW for the rest", ("momentum",)
+    ),
+    "normuon": OptimizerChoice(
+        "cs336_basics.muon.NorMuon", "the same with NorMuon, whose rows get updates of one size", ("momentum",)
+    ),
 }
+_OPTIMIZER_HELP = "The optimizer. " + "; ".join(f"{name}: {choice.help}" for name, choice in OPTIMIZERS.items())
 if TYPE_CHECKING:
     OptimizerName = str
 else:
@@ -68,12 +73,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Clip the gradients to this joint L2 norm; inf turns clipping off."""
     decay_steps: int | None = None
-    """Hold the highest learning rate until this many steps before the end, then lower it linearly to min_lr. Default:
-    half a cosine wave from the end of the warm-up to the last step."""
-    name: Annotated[
-        OptimizerName,
-        tyro.conf.arg(aliases=["--optimizer"], help="; ".join(f"{k}: {v.help}" for k, v in OPTIMIZERS.items())),
-    ] = "adamw"
+    """Hold the highest learning rate until this many steps before the end, then lower it linearly to min_lr. By
+    default, lower it along half a cosine wave from the end of the warm-up to the last step."""
+    name: Annotated[OptimizerName, tyro.conf.arg(aliases=["--optimizer"], help=_OPTIMIZER_HELP)] = "adamw"
     """One of `OPTIMIZERS`."""
     momentum: float = 0.95
     """Decay rate of Muon's momentum."""
@@ -215,6 +217,6 @@ def _refuse_removed_fields(run_dir: Path, stored: Mapping[str, Any], known: Coll
     for name in REMOVED_FIELDS:
         if stored.get(name) and name not in known:
             raise ValueError(
-                f"{run_dir} was trained with {name} {stored[name]}, which only experiments/leaderboard_model.py "
+                f"{run_dir} was trained with {name} {stored[name]}, which only experiments/leaderboard/model.py "
                 "supports; use its classes, or train a new run"
             )

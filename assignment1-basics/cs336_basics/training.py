@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from cs336_basics.accounting import model_flops_utilisation, peak_flops
+from cs336_basics.accounting import model_flops_utilization, peak_flops
 from cs336_basics.checkpoint import checkpoint_path, delete_old_checkpoints, latest_checkpoint
 from cs336_basics.data import batch_starts, check_length, open_tokens, sequences_at
 from cs336_basics.model import BasicsTransformerLM, CausalAttention
@@ -177,7 +177,7 @@ class _Loop:
         speed = {"tokens_per_second": round(sum(map(math.prod, shapes)) / elapsed, 1)}
         if self.peak_flops:
             per_device, length = speed["tokens_per_second"] / self.strategy.world_size, shapes[0][1]
-            speed["mfu"] = round(model_flops_utilisation(self.config.model, per_device, self.peak_flops, length), 4)
+            speed["mfu"] = round(model_flops_utilization(self.config.model, per_device, self.peak_flops, length), 4)
         records = []
         for (step, lr, *_), shape, loss, norm in zip(pending, shapes, losses, norms, strict=True):
             self.seconds += elapsed / len(pending)

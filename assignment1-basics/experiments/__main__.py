@@ -9,15 +9,15 @@ from tyro.conf import subcommand
 from cs336_basics.command import run_command
 from experiments.accounting_tables import AccountingTables
 from experiments.benchmarks.shared_machine import SharedMachine
+from experiments.benchmarks.throughput import Throughput
 from experiments.benchmarks.tokenizer import TokenizerBenchmark
 from experiments.benchmarks.training_step import TrainingStepBenchmark
 from experiments.figures import Figures
-from experiments.leaderboard import Leaderboard
+from experiments.leaderboard.ladder import Leaderboard
 from experiments.learning_rate_tuning import LearningRateTuning
 from experiments.models import TrainModels
 from experiments.results_index import ResultsIndex
 from experiments.samples import Samples
-from experiments.throughput import Throughput
 from experiments.tokenizer_experiments import TokenizerExperiments
 from experiments.train_bpe import TrainBPE
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cs336_basics.run_folder import config_to_json, differences, environment, read_metrics
 from cs336_basics.train_config import TrainConfig
-from experiments.leaderboard_config import LeaderboardConfig
+from experiments.leaderboard.config import LeaderboardConfig
 from experiments.results import read_result, result_path, write_result
 
 if TYPE_CHECKING:
@@ -152,10 +152,10 @@ def _is_the_row(run: Run, row: dict[str, Any]) -> bool:
 def train(config: TrainConfig, causal_attention: "CausalAttention | None" = None) -> None:
     """Train one model, with the leaderboard's options if the configuration has them."""
     from cs336_basics import training
-    from experiments import leaderboard_model
+    from experiments.leaderboard import model
 
     if isinstance(config, LeaderboardConfig):
-        leaderboard_model.train(config, causal_attention)
+        model.train(config, causal_attention)
     else:
         training.train(config, causal_attention=causal_attention)
 

@@ -132,7 +132,7 @@ def test_help_explains_every_field(command, capsys):
 HEAVY = ["torch", "transformers", "sympy", "numpy", "matplotlib", "huggingface_hub", "tiktoken", "tokenizers"]
 SHOW_HELP = """
 import importlib, sys
-for program, commands in zip(["cs336_basics.__main__", "experiments.__main__"], sys.argv[1:]):
+for program, commands in zip(["cs336_basics.__main__", "experiments.__main__", "cs336_basics.download"], sys.argv[1:]):
     main = importlib.import_module(program).main
     for command in ["", *commands.split(",")]:
         sys.argv = [program, *command.split(), "--help"]
@@ -146,7 +146,7 @@ for program, commands in zip(["cs336_basics.__main__", "experiments.__main__"], 
 def test_help_imports_nothing_heavy():
     commands = ",".join([*COMMANDS, *(f"train {preset}" for preset in TRAIN)])
     program = SHOW_HELP + f"assert not (found := [name for name in {HEAVY} if name in sys.modules]), found"
-    arguments = [commands, ",".join(experiments_main.COMMANDS)]
+    arguments = [commands, ",".join(experiments_main.COMMANDS), ""]
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
     )

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from experiments import models, results_index, sweep, throughput
+from experiments import models, results_index, sweep
 from experiments.accounting_tables import AccountingTables
+from experiments.benchmarks import throughput
 from experiments.learning_rate_tuning import LearningRateTuning
 from experiments.results import FOLDERS, RESULTS, read_result, result_path, write_result
 from experiments.samples import SETTINGS, Samples

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiments import leaderboard, leaderboard_model, models, sweep
-from experiments.leaderboard_config import LeaderboardConfig, LeaderboardModelConfig
-from experiments.leaderboard_model import LeaderboardLM, softcap
+from experiments import models, sweep
+from experiments.leaderboard import ladder
+from experiments.leaderboard.config import LeaderboardConfig, LeaderboardModelConfig
+from experiments.leaderboard.model import LeaderboardLM, softcap, train
 from experiments.models import BEST_LR
 from experiments.results import RESULTS, read_result, result_path
 
@@ -126,23 +127,23 @@ def test_muon_leaves_the_tables_to_adamw():
 )
 def test_its_models_train_and_resume(config, tmp_path, changes):
     config = replace(config, model=replace(config.model, **changes))
-    straight = leaderboard_model.train(replace(config, run_dir=tmp_path / "straight"))
-    leaderboard_model.train(config)
+    straight = train(replace(config, run_dir=tmp_path / "straight"))
+    train(config)
     checkpoints(config.run_dir)[-1].unlink()
-    assert leaderboard_model.train(config)["loss"] == straight["loss"]
+    assert train(config)["loss"] == straight["loss"]
 
 
 def test_the_package_alone_refuses_its_runs_and_loads_those_with_the_options_off(config):
     plain = TrainConfig(**{name: getattr(config, name) for name in TrainConfig.__dataclass_fields__} | {"model": TINY})
-    leaderboard_model.train(config)
+    train(config)
     assert read_model_config(config.run_dir) == TINY
     assert training.train(plain)["step"] == 24  # the same run: it is complete
     capped = replace(config, run_dir=config.run_dir / "capped", model=replace(config.model, logit_softcap=15.0))
-    leaderboard_model.train(capped)
+    train(capped)
     with pytest.raises(ValueError, match=r"was trained with logit_softcap 15\.0, which only experiments/leaderboard"):
         read_model_config(capped.run_dir)
     grows = replace(config, run_dir=config.run_dir / "grows", start_batch_size=1)
-    leaderboard_model.train(grows)
+    train(grows)
     with pytest.raises(ValueError, match=r"was trained with start_batch_size 1, which only experiments/leaderboard"):
         training.train(replace(plain, run_dir=grows.run_dir))
 
@@ -159,17 +160,17 @@ def test_growth_of_batch_and_context(config, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "sequences_at", lambda *a: batches.append(real(*a)[0].shape) or real(*a))
         patch.setattr(training, "evaluate", lambda *_: 0.0)
-        leaderboard_model.train(grows)
+        train(grows)
     assert [tuple(shape) for shape in batches] == shapes
     records = [record for record in read_metrics(grows.run_dir / "metrics.jsonl") if "tokens" in record]
     assert [record["tokens"] for record in records] == np.cumsum([a * b for a, b in shapes]).tolist()
 
-    straight = leaderboard_model.train(replace(grows, run_dir=tmp_path / "straight"))
+    straight = train(replace(grows, run_dir=tmp_path / "straight"))
     for path in checkpoints(grows.run_dir):
         path.unlink()
-    leaderboard_model.train(grows)
+    train(grows)
     checkpoints(grows.run_dir)[-1].unlink()
-    assert leaderboard_model.train(grows)["loss"] == straight["loss"]
+    assert train(grows)["loss"] == straight["loss"]
     assert straight["tokens"] == records[-1]["tokens"]
     for changes, message in (
         ({"start_batch_size": 3}, "start_batch_size is 3, but must be 4 divided by a power of two"),
@@ -182,7 +183,7 @@ def test_growth_of_batch_and_context(config, tmp_path):
 
 COUNT_COMPILED = """
 import functools, pickle, sys, torch
-from experiments.leaderboard_model import train
+from experiments.leaderboard.model import train
 
 calls = []
 def counting(graph, _):
@@ -213,24 +214,24 @@ def test_every_shape_of_a_growing_batch_is_compiled(config):
 def test_leaderboard_keeps_what_helps_and_goes_on(data, tmp_path, monkeypatch, capsys):
     tiny = replace(TRAIN["owt"][1], model=TINY, compile=False, precision="float32", batch_size=8)
     monkeypatch.setitem(models.TRAIN, "owt", ("tiny", tiny))
-    ladder = {
+    changes = {
         "rate of zero": {"lr x": 0.0},
         "wider": {"model.d_model": 32},
         "half the batch, growing": {"batch_size x": 0.5, "start_batch_size x": 0.5},
         "as it is": {"model.norm": "pre"},
     }
-    monkeypatch.setattr(leaderboard, "LADDER", ladder)
-    monkeypatch.setattr(leaderboard, "FINALS", {"larger": {"model.num_layers": 2}})
+    monkeypatch.setattr(ladder, "LADDER", changes)
+    monkeypatch.setattr(ladder, "FINALS", {"larger": {"model.num_layers": 2}})
     losses = {"baseline": 3.0, "rate of zero": 2.998, "wider": 2.9, "half the batch, growing": 3.0}
-    real = leaderboard.run_here
+    real = ladder.run_here
 
     def with_that_loss(run, *where):
         return {**real(run, *where), "valid_loss": losses.get(run.name), "status": "finished"}
 
-    monkeypatch.setattr(leaderboard, "run_here", with_that_loss)
+    monkeypatch.setattr(ladder, "run_here", with_that_loss)
     # As many steps on every machine: the clock has a test of its own.
     monkeypatch.setattr(sweep, "_as_many_steps_as_fit", lambda run, *_: sweep.stretched(run.config, sweep.PROBE_STEPS))
-    setting = leaderboard.Leaderboard(data, 1.5, 1.5, device="cpu", runs=tmp_path / "runs", out=tmp_path)
+    setting = ladder.Leaderboard(data, 1.5, 1.5, device="cpu", runs=tmp_path / "runs", out=tmp_path)
     setting.execute()
     rows = {row["name"]: row for row in read_result("leaderboard", tmp_path)["rows"]}
     assert [*rows] == [*losses]  # what changes nothing is not run
@@ -256,10 +257,10 @@ def test_the_ladder_and_the_finals_are_those_of_the_results(monkeypatch):
         rows = sweep._rows(run.problem, RESULTS)
         return next(row for row in rows if sweep._is_the_row(run, row))
 
-    monkeypatch.setattr(leaderboard, "run_here", recorded)
-    setting = leaderboard.Leaderboard(finals=("baseline", *leaderboard.FINALS))
+    monkeypatch.setattr(ladder, "run_here", recorded)
+    setting = ladder.Leaderboard(finals=("baseline", *ladder.FINALS))
     setting.execute()
-    best = setting.climb(leaderboard.Recipe(setting.baseline()))
+    best = setting.climb(ladder.Recipe(setting.baseline()))
     assert best.config.optimizer.name == "normuon"
     assert best.config.start_context == best.config.model.context_length // 4
 

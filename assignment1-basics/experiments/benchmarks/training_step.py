@@ -11,7 +11,7 @@ from experiments.results import RESULTS
 
 @dataclass(frozen=True)
 class TrainingStepBenchmark:
-    """Compare our training step with Hugging Face's Llama: tokens per second, utilisation and peak memory."""
+    """Compare our training step with Hugging Face's Llama: tokens per second, utilization and peak memory."""
 
     preset: ModelName = "tinystories-17m"
     """Name of a preset, whose model is used."""
@@ -22,7 +22,7 @@ class TrainingStepBenchmark:
     rounds: int = 5
     """Time every contender this many times, in turn."""
     peak_tflops: float | None = None
-    """Measured rate of a large matmul in TFLOP/s, from which the utilisation is calculated. Default: not reported."""
+    """Measured rate of a large matmul in TFLOP/s, from which the utilization is calculated. Default: not reported."""
     eager_only: bool = False
     """Skip the compiled models."""
     out: Path = RESULTS

@@ -1,6 +1,6 @@
 """Options that the leaderboard's ladder tried and no preset uses: they are kept here so that the ladder is repeatable.
 
-`experiments.leaderboard_model` implements them. Importing this module does not import PyTorch.
+`experiments.leaderboard.model` implements them. Importing this module does not import PyTorch.
 """
 
 from dataclasses import dataclass, field, fields

@@ -28,7 +28,7 @@ class Throughput:
     def execute(self) -> None:
         """Measure, and write throughput.json."""
         from cs336_basics.training import train
-        from experiments.kernel_times import ProfiledDevice, kernel_times
+        from experiments.benchmarks.kernel_times import ProfiledDevice, kernel_times
 
         with tempfile.TemporaryDirectory() as folder:
             config = replace(

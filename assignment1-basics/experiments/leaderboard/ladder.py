@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.leaderboard_config import LeaderboardConfig
+from experiments.leaderboard.config import LeaderboardConfig
 from experiments.models import TrainModels
 from experiments.results import RESULTS
 from experiments.sweep import Attention, Run, run_here

@@ -1,4 +1,4 @@
-"""The model and the training of `experiments.leaderboard_config`: options that the ladder tried and dropped."""
+"""The model and the training of `experiments.leaderboard.config`: options that the ladder tried and dropped."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from cs336_basics import training
 from cs336_basics.model import BasicsTransformerLM, CausalAttention, Embedding, KVCache, TransformerBlock
-from experiments.leaderboard_config import LeaderboardConfig, LeaderboardModelConfig
+from experiments.leaderboard.config import LeaderboardConfig, LeaderboardModelConfig
 
 
 def train(config: LeaderboardConfig, causal_attention: CausalAttention | None = None) -> dict[str, float]:
