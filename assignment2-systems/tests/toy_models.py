@@ -95,7 +95,7 @@ def train_alone(problem: Problem, make_optimizer: MakeOptimizer) -> list[dict[st
 def train_together(
     process: Rank, problem: Problem, wrap: Callable[[nn.Module], DataParallel], make_optimizer: MakeOptimizer
 ) -> list[dict[str, Tensor]]:
-    """The same with every process on its own rows. Only process 0 knows the weights to start from."""
+    """The same with every rank on its own rows. Only rank 0 knows the weights to start from."""
     model = wrap(spoiled(process, problem.model))
     optimizer = make_optimizer(model.parameters())
     history = []

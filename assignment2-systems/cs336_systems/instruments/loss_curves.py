@@ -46,12 +46,10 @@ def curve(
 
 def plot(curves: dict[str, dict], destination: Path) -> None:
     """Draw the curves, and their distances from that of plain attention, as PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(7, 5.6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     styles = {"plain": ("#08519c", 2.5), "flash": ("#e6550d", 1.2), "sdpa-flash": ("#31a354", 0.8)}
     plain = curves["plain"]["losses"]
     steps = range(1, len(plain) + 1)
@@ -66,7 +64,6 @@ def plot(curves: dict[str, dict], destination: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(destination, dpi=150)
-    plt.close(figure)
 
 
 @dataclass(frozen=True)

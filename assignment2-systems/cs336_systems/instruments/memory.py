@@ -151,10 +151,7 @@ def timeline(snapshot: dict[str, Any], top: int = 8) -> Timeline:
 
 def plot_timeline(snapshot: dict[str, Any], path: Path, title: str = "") -> Timeline:
     """Draw active memory over time as PNG, stacked by the function that allocated it; see `timeline`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     drawn = timeline(snapshot)
     total = drawn.total
@@ -163,7 +160,8 @@ def plot_timeline(snapshot: dict[str, Any], path: Path, title: str = "") -> Time
     colors = ["#c8c8c8", "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#f0e442", "#7f4f24"]
     shades = dict(zip(drawn.groups, colors)) | {REST: "#666666"}
 
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.stackplot(
         drawn.times_ms[kept],
         [active[kept] / GB for active in drawn.groups.values()],
@@ -192,7 +190,6 @@ def plot_timeline(snapshot: dict[str, Any], path: Path, title: str = "") -> Time
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False)  # in the order of the stack
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     return drawn
 
 

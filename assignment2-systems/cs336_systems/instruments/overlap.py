@@ -152,13 +152,11 @@ _LANES = {"phases": None, "compute": "#666666", "messages": "#d55e00"}
 
 def plot_timelines(timelines: Mapping[str, StepTimeline], path: Path, title: str = "") -> None:
     """Draw steps below each other as PNG, each with a lane for its phases, one for compute and one for messages."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure, axes = plt.subplots(figsize=(9, 1.1 + 0.62 * len(timelines)), layout="constrained")
+    figure = Figure(figsize=(9, 1.1 + 0.62 * len(timelines)), layout="constrained")
+    axes = figure.subplots()
     height, gap = 0.8, 0.6  # height of a lane, and gap between steps
     places = []
     last = 0.0
@@ -184,4 +182,3 @@ def plot_timelines(timelines: Mapping[str, StepTimeline], path: Path, title: str
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -15,14 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cs336_systems.instruments.measure import (
-    OK,
-    ResultFile,
-    Row,
-    now_ms,
-    progress,
-    try_measure,
-)
+from cs336_systems.instruments.measure import OK, ResultFile, Row, now_ms, progress, try_measure
 from cs336_systems.instruments.options.common import RanksMeasurement, check_options
 from cs336_systems.parallel.collectives import all_gather_objects
 from cs336_systems.parallel.process_group import Rank, check_gpus, device_of_rank, run_on_ranks

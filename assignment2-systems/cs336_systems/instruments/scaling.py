@@ -228,12 +228,10 @@ def _compare(rows: list[Row]) -> None:
 
 def plot(rows: list[Row], destination: Path) -> None:
     """Draw bandwidth, both kinds of scaling, and the optimizer's state as PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")  # files only: no display is needed
-    import matplotlib.pyplot as plt
-
-    figure, ((bandwidth, state), (weak, strong)) = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
+    figure = Figure(figsize=(9, 6.4), layout="constrained")
+    (bandwidth, state), (weak, strong) = figure.subplots(2, 2)
     rows = sorted((row for row in rows if row["status"] == OK), key=lambda row: row["processes"])
     of = {part: [row for row in rows if row["part"] == part] for part in get_args(ScalingPart)}
     for count in dict.fromkeys(row["processes"] for row in of["all-reduce"]):
@@ -264,4 +262,3 @@ def plot(rows: list[Row], destination: Path) -> None:
             axes.legend(fontsize=8)
     destination.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(destination, dpi=130)
-    plt.close(figure)

@@ -10,10 +10,7 @@ from cs336_basics.model import TransformerBlock
 
 
 def fully_shard_blocks(
-    model: nn.Module,
-    device: torch.device,
-    world_size: int,
-    compute_dtype: torch.dtype | None = None,
+    model: nn.Module, device: torch.device, world_size: int, compute_dtype: torch.dtype | None = None
 ) -> None:
     """Shard every block of a model, in place, and the rest of the model as one more unit.
 

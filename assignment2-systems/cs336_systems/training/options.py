@@ -12,9 +12,32 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 
 from cs336_basics.cli import TrainPreset
-from cs336_systems.training.choices import AttentionName, StrategyName
+from cs336_systems.training.choices import AttentionName, LossName, OptimizerName, Precision, SizeName, StrategyName
 
 T = TypeVar("T")
+
+_ATTENTION = tyro.conf.arg(
+    help="plain: Assignment 1's. flash: our Triton kernels, for a GPU. flash-pytorch: their reference. sdpa-*, flex: "
+    "PyTorch's."
+)
+_OPTIMIZER = tyro.conf.arg(help="basics: Assignment 1's AdamW. fused: the same in one kernel. torch: PyTorch's.")
+_LOSS = tyro.conf.arg(help="plain: logits, then cross-entropy. fused: both in our kernel. torch: both by PyTorch.")
+_PRECISION = tyro.conf.arg(
+    help="bfloat16: under autocast, or, where weights are sharded, with weights that are cast before they are sent; "
+    "parameters stay float32."
+)
+_SIZE = tyro.conf.arg(help="Size of the model. Choose tiny to try the command without a GPU.")
+#: Options that several commands have, each with its help: one choice, or several to compare.
+Attention = Annotated[AttentionName, _ATTENTION]
+Attentions = Annotated[tuple[AttentionName, ...], _ATTENTION]
+Optimizer = Annotated[OptimizerName, _OPTIMIZER]
+Optimizers = Annotated[tuple[OptimizerName, ...], _OPTIMIZER]
+Loss = Annotated[LossName, _LOSS]
+Losses = Annotated[tuple[LossName, ...], _LOSS]
+StepPrecision = Annotated[Precision, _PRECISION]
+StepPrecisions = Annotated[tuple[Precision, ...], _PRECISION]
+Size = Annotated[SizeName, _SIZE]
+Sizes = Annotated[tuple[SizeName, ...], _SIZE]
 
 
 def gpu_count() -> int:
@@ -55,9 +78,7 @@ class Train:
     strategy: StrategyName | Literal["single", "auto"] = "auto"
     """single: one device. ddp, ddp-bucketed: average gradients. ddp+sharded-optimizer, fsdp, torch-fsdp2: also shard
     the training state. auto: ddp-bucketed under torchrun, otherwise single."""
-    attention: AttentionName = gpu_or_cpu("flash", "plain")
-    """plain: Assignment 1's. flash: our Triton kernels, for a GPU. flash-pytorch: their reference. sdpa-*, flex:
-    PyTorch's."""
+    attention: Attention = gpu_or_cpu("flash", "plain")
     fused_optimizer: bool = gpu_or_cpu(True, False)
     """Run AdamW as one kernel instead of Assignment 1's; needs a GPU. Does not apply to torch-fsdp2 or inside Muon."""
     bucket_size_mib: Annotated[float | None, tyro.conf.arg(aliases=["--bucket-size-mb"])] = None

@@ -21,13 +21,7 @@ from cs336_basics.model import Embedding, Linear, TransformerBlock
 from cs336_basics.muon import Muon
 from cs336_basics.optimizer import AdamW, parameters_for
 from cs336_basics.strategy import SingleDevice
-from cs336_systems.parallel import (
-    FSDP,
-    BucketedDataParallel,
-    DataParallel,
-    OverlappedDataParallel,
-    ShardedOptimizer,
-)
+from cs336_systems.parallel import FSDP, BucketedDataParallel, DataParallel, OverlappedDataParallel, ShardedOptimizer
 from cs336_systems.parallel.collectives import AllReduceMean, broadcast
 from cs336_systems.parallel.fsdp_unit import ShardRange
 from cs336_systems.parallel.process_group import Rank

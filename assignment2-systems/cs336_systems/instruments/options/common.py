@@ -5,8 +5,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
-from cs336_systems.training.choices import AttentionName, LossName, Precision, SizeName
-from cs336_systems.training.options import computed, gpu_count, gpu_or_cpu
+from cs336_systems.training.options import (
+    Attention,
+    Attentions,
+    Losses,
+    Size,
+    Sizes,
+    StepPrecision,
+    StepPrecisions,
+    computed,
+    gpu_count,
+    gpu_or_cpu,
+)
 
 
 @dataclass(frozen=True)
@@ -31,16 +41,12 @@ class Measurement:
 class StepGrid(Measurement):
     """The options of commands that run training steps of several models on one device."""
 
-    sizes: tuple[SizeName, ...] = gpu_or_cpu(("small",), ("tiny",))
-    """Model sizes. Choose tiny to try the command without a GPU."""
+    sizes: Sizes = gpu_or_cpu(("small",), ("tiny",))
     contexts: tuple[int, ...] = gpu_or_cpu((128, 256, 512, 1024), (64, 128))
     """Context lengths in tokens."""
-    attentions: tuple[AttentionName, ...] = ("plain",)
-    """plain: Assignment 1's. flash: our Triton kernels. flash-pytorch: their reference. sdpa-*, flex: PyTorch's."""
-    precisions: tuple[Precision, ...] = ("float32",)
-    """bfloat16 runs the forward and backward pass under autocast; parameters stay float32."""
-    losses: tuple[LossName, ...] = ("plain",)
-    """plain: logits, then cross-entropy. fused: both in our kernel. torch: both by PyTorch."""
+    attentions: Attentions = ("plain",)
+    precisions: StepPrecisions = ("float32",)
+    losses: Losses = ("plain",)
     batch_size: int = 4
     """Sequences per step."""
 
@@ -51,17 +57,13 @@ class RanksMeasurement(Measurement):
 
     processes: int = computed(lambda: gpu_count() or 2)
     """Number of ranks, each with a GPU of its own. Default: the number of GPUs; without a GPU, 2 on the CPU."""
-    size: SizeName = gpu_or_cpu("xl", "tiny")
-    """Model size. Choose tiny to try the command without a GPU."""
+    size: Size = gpu_or_cpu("xl", "tiny")
     context: int = gpu_or_cpu(512, 128)
     """Context length in tokens."""
     batch_size: int = 4
     """Sequences per step on each rank."""
-    attention: AttentionName = "plain"
-    """plain: Assignment 1's. flash: our Triton kernels. flash-pytorch: their reference. sdpa-*, flex: PyTorch's."""
-    precision: Precision = gpu_or_cpu("bfloat16", "float32")
-    """bfloat16: under autocast, or, where weights are sharded, with weights that are cast before they are sent. The
-    optimizer's weights stay float32."""
+    attention: Attention = "plain"
+    precision: StepPrecision = gpu_or_cpu("bfloat16", "float32")
     warmup: int = 2
     """Steps before the clock starts."""
     steps: int = 5

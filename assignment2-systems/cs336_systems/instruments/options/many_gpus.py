@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal, get_args
 import tyro
 
 from cs336_systems.instruments.options.common import Measurement, RanksMeasurement
-from cs336_systems.training.choices import BucketSize, OptimizerName, SizeName, StateSharding
-from cs336_systems.training.options import computed, gpu_count, gpu_or_cpu
+from cs336_systems.training.choices import BucketSize, StateSharding
+from cs336_systems.training.options import Optimizer, Optimizers, Size, computed, gpu_count, gpu_or_cpu
 
 #: gloo: tensors on the CPU. nccl: tensors on GPUs, one for each rank.
 LinkBackend = Literal["gloo", "nccl"]
@@ -59,8 +59,7 @@ class BenchDdp(RanksMeasurement):
     """Bucket sizes of torch-ddp in MiB; its default is 25."""
     mode: BlockMode = "eager"
     """compiled-blocks puts each block of the model, and the loss, through torch.compile."""
-    optimizer: OptimizerName = "basics"
-    """basics: Assignment 1's AdamW. fused: the same in one kernel. torch: PyTorch's."""
+    optimizer: Optimizer = "basics"
     rounds: int = gpu_or_cpu(2, 3)
     """Rounds; in each of them every variant is timed once, with a new model."""
     trace: bool = False
@@ -75,8 +74,7 @@ class BenchDdp(RanksMeasurement):
 class BenchSharding(RanksMeasurement):
     """Measure memory and time of a training step with and without sharding of the optimizer's state."""
 
-    optimizers: tuple[OptimizerName, ...] = ("basics", "torch")
-    """basics: Assignment 1's AdamW. fused: the same in one kernel. torch: PyTorch's."""
+    optimizers: Optimizers = ("basics", "torch")
     shardings: tuple[StateSharding, ...] = ("none", "ours", "torch")
     """none: each rank keeps all state. ours: ShardedOptimizer. torch: ZeroRedundancyOptimizer."""
     name: str = "bench_sharding"
@@ -94,8 +92,7 @@ class BenchFsdp(RanksMeasurement):
     """compiled-blocks puts each block of the model, and the loss, through torch.compile."""
     checkpointing: tuple[Checkpointed, ...] = ("none", "block")
     """block: each block's forward pass is repeated in the backward pass, and its activations are not kept."""
-    optimizer: OptimizerName = "basics"
-    """basics: Assignment 1's AdamW. fused: the same in one kernel. torch: PyTorch's."""
+    optimizer: Optimizer = "basics"
     name: str = "bench_fsdp"
     instrument: ClassVar[str] = "fsdp"
 
@@ -117,8 +114,7 @@ class Scaling(Measurement):
     """Numbers of ranks of the all-reduce. Default: those above from 2 on, and 6 if there are 6 GPUs."""
     sizes_mb: tuple[float, ...] = gpu_or_cpu((1, 10, 100, 1000), (0.1, 1))
     """Sizes of the all-reduce's tensors, in MB (10^6 bytes)."""
-    size: SizeName = gpu_or_cpu("xl", "tiny")
-    """Model of the training steps."""
+    size: Size = gpu_or_cpu("xl", "tiny")
     context: int = gpu_or_cpu(512, 32)
     """Tokens in a sequence."""
     weak_batch: int = 4
@@ -129,8 +125,7 @@ class Scaling(Measurement):
     """none: no communication, the floor, and the only variant of a single rank."""
     mode: BlockMode = gpu_or_cpu("compiled-blocks", "eager")
     """compiled-blocks puts each block of the model, and the loss, through torch.compile."""
-    optimizer: OptimizerName = gpu_or_cpu("fused", "basics")
-    """basics: Assignment 1's AdamW. fused: the same in one kernel. torch: PyTorch's."""
+    optimizer: Optimizer = gpu_or_cpu("fused", "basics")
     warmup: int = 3
     """Steps before the clock starts."""
     steps: int = 8

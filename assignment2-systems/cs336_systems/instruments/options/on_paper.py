@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from cs336_systems.instruments.options.common import Measurement
-from cs336_systems.training.choices import SizeName
+from cs336_systems.training.options import Size
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class Accounting(Measurement):
     """Tokens whose activations the XXL model saves for the backward pass."""
     batch_tokens: int = 32_768
     """Tokens of the batch on which the parallel strategies are compared."""
-    size: SizeName = "xl"
-    """Model that is replicated, or whose optimizer is sharded."""
+    size: Size = "xl"
     world_size: int = 2
     """Number of ranks for that model."""
     ring: int = 8

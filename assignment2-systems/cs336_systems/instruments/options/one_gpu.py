@@ -5,16 +5,19 @@ from typing import ClassVar, Literal
 
 from cs336_systems.instruments.options.common import Measurement, StepGrid
 from cs336_systems.theory.activations import CheckpointStrategy
-from cs336_systems.training.choices import (
-    AttentionName,
-    LossName,
-    Mode,
-    OptimizerName,
-    Pass,
-    Precision,
-    SizeName,
+from cs336_systems.training.choices import Mode, Pass, Precision
+from cs336_systems.training.options import (
+    Attention,
+    Attentions,
+    Loss,
+    Optimizer,
+    Optimizers,
+    Size,
+    Sizes,
+    StepPrecision,
+    StepPrecisions,
+    gpu_or_cpu,
 )
-from cs336_systems.training.options import gpu_or_cpu
 
 #: Attention alone is compiled as a whole or not at all.
 AttentionMode = Literal["eager", "compiled"]
@@ -29,8 +32,7 @@ class BenchStep(StepGrid):
     modes: tuple[Mode, ...] = ("eager",)
     """compiled-model puts the model and the loss through torch.compile, again for every row; compiled-blocks each block
     and the loss: seconds, where a large model takes minutes."""
-    optimizers: tuple[OptimizerName, ...] = ("basics",)
-    """basics: Assignment 1's AdamW. fused: the same in one kernel. torch: PyTorch's."""
+    optimizers: Optimizers = ("basics",)
     warmups: tuple[int, ...] = (5,)
     """Steps before the clock starts; with 0 the first timed step is that of a fresh model."""
     steps: int = 10
@@ -43,23 +45,18 @@ class BenchStep(StepGrid):
 class Profile(Measurement):
     """Show where a training step spends its time: kernels (on a CPU: operators), their kinds, ranges, and a trace."""
 
-    size: SizeName = gpu_or_cpu("small", "tiny")
-    """Model size."""
+    size: Size = gpu_or_cpu("small", "tiny")
     context: int = gpu_or_cpu(512, 128)
     """Context length in tokens."""
     batch_size: int = 4
     """Sequences per step."""
-    attention: AttentionName = "plain"
-    """Attention. Inside plain attention, scores, softmax and output have ranges of their own."""
-    precision: Precision = "float32"
-    """bfloat16 runs the forward and backward pass under autocast; parameters stay float32."""
+    attention: Attention = "plain"
+    precision: StepPrecision = "float32"
     mode: Mode = "eager"
     """compiled-model puts the model and the loss through torch.compile, compiled-blocks each block and the loss; the
     parts of attention then have no ranges."""
-    optimizer: OptimizerName = "basics"
-    """basics: Assignment 1's AdamW. fused: the same in one kernel. torch: PyTorch's."""
-    loss: LossName = "plain"
-    """plain: logits, then cross-entropy. fused: both in our kernel. torch: both by PyTorch."""
+    optimizer: Optimizer = "basics"
+    loss: Loss = "plain"
     warmup: int = 5
     """Steps before the profiler starts."""
     steps: int = 3
@@ -75,9 +72,9 @@ class Profile(Measurement):
 class Memory(StepGrid):
     """Measure peak memory over a grid of models, and draw its contents over time. Needs an NVIDIA GPU."""
 
-    sizes: tuple[SizeName, ...] = ("2.7B",)
+    sizes: Sizes = ("2.7B",)
     contexts: tuple[int, ...] = (128, 256, 512)
-    precisions: tuple[Precision, ...] = ("float32", "bfloat16")
+    precisions: StepPrecisions = ("float32", "bfloat16")
     passes: tuple[Pass, ...] = ("inference", "full")
     """inference: a forward pass without autograd; forward: with it; full: with the optimizer's step."""
     snapshot: bool = False
@@ -91,7 +88,7 @@ class Memory(StepGrid):
 class Checkpointing(StepGrid):
     """Compare gradient checkpointing strategies: the memory they keep, their peak, and their time."""
 
-    sizes: tuple[SizeName, ...] = gpu_or_cpu(("xl",), ("tiny",))
+    sizes: Sizes = gpu_or_cpu(("xl",), ("tiny",))
     contexts: tuple[int, ...] = gpu_or_cpu((512,), (128,))
     strategies: tuple[CheckpointStrategy, ...] = ("none", "group", "block", "nested")
     """Checkpoint nothing, groups of blocks, each block, or halves of halves."""
@@ -117,8 +114,7 @@ class MixedPrecision(Measurement):
 class BenchAttention(Measurement):
     """Time causal attention alone, and measure the memory that it holds for its backward pass."""
 
-    attentions: tuple[AttentionName, ...] = ("plain",)
-    """plain: Assignment 1's. flash: our Triton kernels. flash-pytorch: their reference. sdpa-*, flex: PyTorch's."""
+    attentions: Attentions = ("plain",)
     modes: tuple[AttentionMode, ...] = gpu_or_cpu(("eager", "compiled"), ("eager",))
     """The functions as they are, or under torch.compile."""
     dtypes: tuple[Precision, ...] = ("float32",)
@@ -141,11 +137,10 @@ class BenchAttention(Measurement):
 class BenchFlash(Measurement):
     """Time attention kernels over sequence lengths, head widths and dtypes; batch 1, causal."""
 
-    attentions: tuple[AttentionName, ...] = gpu_or_cpu(
+    attentions: Attentions = gpu_or_cpu(
         ("plain", "flash", "sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "flex"),
         ("plain", "flash-pytorch", "sdpa-flash"),
     )
-    """plain: Assignment 1's. flash: our Triton kernels. flash-pytorch: their reference. sdpa-*, flex: PyTorch's."""
     dtypes: tuple[Precision, ...] = ("bfloat16", "float32")
     """Precisions of queries, keys and values."""
     dims: tuple[int, ...] = gpu_or_cpu((16, 32, 64, 128), (64,))
@@ -170,8 +165,7 @@ class Leaderboard2025(Measurement):
     """Sequence length."""
     dim: int = 64
     """Width of a head."""
-    peers: tuple[AttentionName, ...] = ("sdpa-flash", "sdpa-cudnn", "flex")
-    """Attentions that are timed in turn with ours."""
+    peers: Attentions = ("sdpa-flash", "sdpa-cudnn", "flex")
     rounds: int = 3
     """Rounds; each times everything once."""
     rep_ms: int = 1000
