@@ -98,7 +98,7 @@ def or_out_of_memory(function: Callable[[], Row]) -> Row:
 def try_measure(function: Callable[[], Row]) -> Row:
     """Return the row that `function` measures, with a "status" other than "ok" if memory or a kernel is missing.
 
-    The reason of an "unsupported" row is the first line of its error, or what PyTorch warned of before it.
+    The reason of an "unsupported" row is the first line of its error, or what PyTorch warned about before it.
     """
 
     def attempt() -> Row:

@@ -40,7 +40,7 @@ def step_bytes(
         head           12 P/N + L s + the head's weight, gradient and logits
 
     Our contestant gathers the head alone and never holds all logits, but it holds a float32 gradient of the head's
-    weight. In PyTorch's contestant the embedding and the head belong to the root, which stays gathered throughout.
+    weight. PyTorch's contestant keeps the root gathered throughout: the embedding and the head.
 
     Args:
         config: the shape of the model; sequences are as long as its context.
@@ -50,20 +50,18 @@ def step_bytes(
         number: bytes of a number that is computed with or sent.
 
     Returns:
-        Bytes at "start", when only the master weights and RoPE's tables exist, and at "head", "first block" and
-        "last block". The activations are those that compiled code keeps.
+        Bytes at the three peaks and at "start", when only the master weights and RoPE's tables exist.
     """
     counts = parameter_counts(config)
     d, layers, tokens = config.d_model, config.num_layers, batch_size * config.context_length
     block = (counts["attention"] + counts["feed-forward"]) / layers
     head = counts["language-model head"]
-    shares = {name: count / (1 if name == "norms" else world_size) for name, count in counts.items()}
-    state = FLOAT32 * sum(shares.values())
+    state = FLOAT32 * sum(count / (1 if name == "norms" else world_size) for name, count in counts.items())
     rope = FLOAT32 * config.context_length * d // config.num_heads
     always = 3 * state + rope  # from the first optimizer step on
     stream, inner = number * tokens * d, number * tokens * config.ffn_width
 
-    # Kept: queries, keys, values, attention's output and the sum after it; W1 x and W3 x. Then, in the backward pass:
+    # Compiled code keeps queries, keys, values, attention's output and the sum after it; W1 x and W3 x. Then, backward:
     # gradients of the block's output and input, of the product inside the feed-forward network, of W1 x and W3 x.
     activations = (5 + 2) * stream + (2 + 3) * inner
     one_block = activations + (2 + 2) * number * block

@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_map_only
 from cs336_basics.model import BasicsTransformerLM, ModelConfig
 from cs336_basics.nn_utils import cross_entropy
 from cs336_systems.kernels.flash_attention import FlashAttentionTriton, flash_attention
-
-from .reference_attention import (
+from tests.reference_attention import (
     assert_errors_within,
     expected_results,
     plain_attention,
