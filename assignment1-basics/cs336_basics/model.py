@@ -226,7 +226,7 @@ class CausalMultiHeadSelfAttention(nn.Module):
         cache: KVCache | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
         """Attend within `x` or, with a cache ([batch seq d_model] input), to all positions up to each token's own."""
-        values = self.v_proj(x)
+        values = self.v_proj(x)  # first: the order of these calls is the order of the sums in the backward pass
         return self.attend(self.q_proj(x), self.k_proj(x), values, token_positions, cache)
 
     def attend(
