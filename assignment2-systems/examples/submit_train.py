@@ -1,6 +1,6 @@
 """Submit training to Slurm with submitit (`uv pip install submitit`), which also requeues preempted jobs.
 
-python examples/submit_train.py --nodes 2 --gpus 8 -- --strategy fsdp gpt2-xl --run runs/xl
+python examples/submit_train.py --nodes 2 --gpus 8 -- --strategy fsdp gpt2-xl --run-dir runs/xl
 """
 
 import argparse

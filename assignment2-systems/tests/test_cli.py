@@ -64,6 +64,27 @@ def test_help_explains_every_field(command, capsys):
         assert any(letter.islower() for letter in rest.split("(default")[0].split("(required")[0]), words[0]
 
 
+HELP = """
+import sys, time
+from cs336_systems import cli
+
+for words in ([], *([name] for name in cli.COMMANDS)):
+    began = time.process_time() if words else 0  # the first one pays for the imports
+    try:
+        cli.main([*words, "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
+    loaded = {"torch", "triton", "transformers", "sympy"} & sys.modules.keys()
+    assert not loaded, f"{words} has imported {loaded}"
+    assert time.process_time() - began < 2, words
+"""
+
+
+def test_help_is_quick_since_it_imports_no_torch():
+    result = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 def test_a_wrong_value_is_one_line(capsys, tmp_path):
     code, error = fails(capsys, "bench-flash", "--heads", "0", "--out", str(tmp_path))
     assert (code, "--heads is 0, but must be at least 1" in error) == (2, True)

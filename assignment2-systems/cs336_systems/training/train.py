@@ -73,7 +73,7 @@ def consolidate(options: Consolidate) -> None:
         checkpoint.load_optimizer(model, optimizer, {})
         header = dict(checkpoint.header)
         save_checkpoint(model, optimizer, header.pop("iteration"), output, **header)
-    print(f"written: {output}; cs336-basics generate --run {options.run_dir} --checkpoint {output}")
+    print(f"written: {output}; cs336-basics generate --run-dir {options.run_dir} --checkpoint {output}")
 
 
 @contextmanager

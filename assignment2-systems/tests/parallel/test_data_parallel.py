@@ -21,6 +21,7 @@ from cs336_systems.parallel import (
     FlatDataParallel,
     NaiveDataParallel,
     OverlappedDataParallel,
+    overlapped,
 )
 from cs336_systems.parallel.process_group import Rank
 from tests.toy_models import (
