@@ -1,6 +1,6 @@
 """Build the write-ups with Typst. Their date is that of the last commit of what goes into them.
 
-The figures are drawn before, by `python -m experiments figures` and `python -m benchmarks.figures`; `make writeups`
+The figures are drawn before, by `python -m experiments figures` and `python -m writeup.figures`; `make writeups`
 does all of it.
 """
 

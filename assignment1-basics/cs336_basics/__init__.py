@@ -1,5 +1,5 @@
 """A language model from scratch: tokenizer, Transformer, optimizer, training and sampling.
 
-Read in this order: `pretokenization`, `bpe`, `tokenizer`; `nn_utils`, `model`, `accounting`; `optimizer`,
-`data`, `checkpoint`, `strategy`, `run_log`, `training`; `generation`; `cli`.
+Read in this order: `bpe`, `pretokenization`, `tokenizer`; `model`, `nn_utils`, `accounting`; `optimizer`, `data`,
+`training`, `train_config`, `strategy`, `checkpoint`; `generation`; `cli`.
 """

@@ -1,4 +1,4 @@
-"""The program `cs336-basics`, or `python -m cs336_basics`."""
+"""The program `cs336-basics`, also run as `python -m cs336_basics`."""
 
 from cs336_basics.machine import share_cores
 
@@ -6,7 +6,7 @@ from cs336_basics.machine import share_cores
 def main() -> None:
     """Run the command line."""
     share_cores()
-    from cs336_basics import cli  # and with it torch, whose threads share_cores is about
+    from cs336_basics import cli  # only now: its commands import torch, whose threads `share_cores` configures
 
     cli.main()
 

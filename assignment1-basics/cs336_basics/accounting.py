@@ -1,20 +1,22 @@
-"""What a model costs: parameters, floating-point operations and memory, from its configuration alone.
+"""Calculate what a model costs from its configuration: parameters, floating-point operations and memory.
 
-A matrix product of [m k] and [k n] takes 2 m k n operations (one multiplication and one addition per term).
-Only matrix products are counted in FLOPs: everything else is below a percent of a Transformer's.
+A matrix multiplication (matmul) of [m k] and [k n] takes 2 m k n operations: one multiplication and one addition per
+term. FLOPs count only matmuls, because everything else is less than one percent of a Transformer's operations.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from cs336_basics.model import ModelConfig
+from cs336_basics.model_config import ModelConfig
 
-#: AdamW's arithmetic per parameter and step: m takes 3 operations, v takes 4, the square root, + ε, m / (...),
-#: · α and θ - ... take 5, and the decay θ - α λ θ takes 2.
+if TYPE_CHECKING:
+    from rich.table import Table
+
+#: Operations of AdamW per parameter and step: m takes 3 and v takes 4; the square root, + ε, m / (...), · α and
+#: θ - ... take 5, and the decay θ - α λ θ takes 2.
 ADAMW_FLOPS_PER_PARAMETER = 14
 
-#: Dense matrix products per second, in FLOP/s, as the makers' data sheets have them:
-#: part of a device's name -> (bfloat16, TF32).
+#: Peak rate of dense matmuls in FLOP/s, from the makers' data sheets: part of a device's name -> (bfloat16, TF32).
 PEAK_FLOPS = {
     "H200": (989e12, 495e12),
     "H100 PCIe": (756e12, 378e12),
@@ -27,7 +29,7 @@ PEAK_FLOPS = {
 
 @dataclass(frozen=True)
 class MatMul:
-    """A matrix product [rows inner] · [inner columns], done `times` times in a forward pass."""
+    """A matmul [rows inner] · [inner columns], done `times` times in a forward pass."""
 
     name: str
     rows: int
@@ -42,7 +44,7 @@ class MatMul:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a training step."""
+    """Memory in bytes at the peak of a training step."""
 
     parameters: int
     gradients: int
@@ -55,13 +57,12 @@ class Memory:
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Trainable parameters by component; the values sum to the model's total."""
+    """Count the trainable parameters by component; the values sum to the model's total."""
     d, layers = config.d_model, config.num_layers
     qk_norms = 2 * d // config.num_heads if config.qk_norm else 0
     block_norms = 0 if config.norm == "none" else 2 * d
     return {
         "token embeddings": config.vocab_size * d,
-        "value embeddings": config.value_embeddings * config.vocab_size * d,
         "attention": layers * 4 * d * d,
         "feed-forward": layers * _ffn_matrices(config) * d * config.ffn_width,
         "norms": layers * (block_norms + qk_norms) + (d if config.norm == "pre" else 0),
@@ -70,10 +71,10 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 
 def matmuls(config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None) -> list[MatMul]:
-    """The matrix products of a forward pass.
+    """List the matmuls of a forward pass.
 
-    Attention is counted over all pairs of positions, as it is computed without a kernel that skips the
-    masked half.
+    Attention is counted over all pairs of positions, which is what it computes without a kernel that skips the masked
+    half.
     """
     seq = sequence_length or config.context_length
     tokens, d, layers, heads = batch_size * seq, config.d_model, config.num_layers, config.num_heads
@@ -91,23 +92,24 @@ def matmuls(config: ModelConfig, batch_size: int = 1, sequence_length: int | Non
 
 
 def forward_flops(config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None) -> int:
-    """Floating-point operations of a forward pass."""
-    return sum(product.flops for product in matmuls(config, batch_size, sequence_length))
+    """Count the floating-point operations of a forward pass."""
+    return sum(matmul.flops for matmul in matmuls(config, batch_size, sequence_length))
 
 
 def training_flops(config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None) -> int:
-    """Operations of a forward and a backward pass, which takes twice the forward's.
+    """Count the operations of a forward and a backward pass, which takes twice as many as the forward pass.
 
-    Every product Y = X W has two in the backward pass, for the gradients of X and of W (Kaplan et al. 2020, 2.1).
+    Every matmul Y = X W leads to two in the backward pass, for the gradients of X and W (Kaplan et al. 2020, 2.1).
     """
     return 3 * forward_flops(config, batch_size, sequence_length)
 
 
 def activation_counts(config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None) -> dict[str, int]:
-    """Numbers that a forward pass keeps for the backward pass, by component, each operation keeping its output.
+    """Count the numbers that a forward pass keeps for the backward pass, if each operation keeps its output.
 
-    The list is the course's (adamwAccounting): both norms, projections, scores, softmax, weighted values,
-    output projection and feed-forward of every block; the final norm, the logits, and the cross-entropy.
+    The operations are those that the course counts (adamwAccounting): both norms, projections, scores, softmax,
+    weighted values, output projection and feed-forward network of every block; the final norm, the logits and the
+    cross-entropy.
     """
     seq = sequence_length or config.context_length
     d, layers = config.d_model, config.num_layers
@@ -128,7 +130,7 @@ def activation_counts(config: ModelConfig, batch_size: int = 1, sequence_length:
 def training_memory(
     config: ModelConfig, batch_size: int = 1, sequence_length: int | None = None, bytes_per_number: int = 4
 ) -> Memory:
-    """Peak memory of a training step with AdamW, all numbers of one size."""
+    """Calculate the peak memory of a training step with AdamW if all numbers have the same size."""
     parameters = bytes_per_number * sum(parameter_counts(config).values())
     activations = bytes_per_number * sum(activation_counts(config, batch_size, sequence_length).values())
     return Memory(parameters, gradients=parameters, optimizer_state=2 * parameters, activations=activations)
@@ -137,28 +139,28 @@ def training_memory(
 def max_batch_size(
     config: ModelConfig, memory_bytes: float, sequence_length: int | None = None, bytes_per_number: int = 4
 ) -> int:
-    """The largest batch whose `training_memory` fits; 0 if not even one sequence does."""
+    """Return the largest batch size whose `training_memory` fits; 0 if not even one sequence fits."""
     one = training_memory(config, 1, sequence_length, bytes_per_number)
     return max(0, int((memory_bytes - (one.total - one.activations)) // one.activations))
 
 
 def adamw_step_flops(config: ModelConfig) -> int:
-    """Operations of one AdamW step; see `ADAMW_FLOPS_PER_PARAMETER`."""
+    """Count the operations of one AdamW step; see `ADAMW_FLOPS_PER_PARAMETER`."""
     return ADAMW_FLOPS_PER_PARAMETER * sum(parameter_counts(config).values())
 
 
 def training_days(
-    config: ModelConfig, batch_size: int, steps: int, flops_per_second: float, utilisation: float = 0.5
+    config: ModelConfig, batch_size: int, steps: int, flops_per_second: float, utilization: float = 0.5
 ) -> float:
-    """Days that training takes on hardware of that peak rate, of which `utilisation` is reached."""
+    """Return the days that training takes on hardware of a peak rate, of which the share `utilization` is reached."""
     total = steps * (training_flops(config, batch_size) + adamw_step_flops(config))
-    return total / (flops_per_second * utilisation) / 86_400
+    return total / (flops_per_second * utilization) / 86_400
 
 
 def peak_flops(device_name: str, precision: Literal["float32", "bfloat16"]) -> float | None:
-    """The rate of `PEAK_FLOPS` that a training run on this device is measured against; None if it is not known.
+    """Return the peak rate that a training run on this device is compared with; None if the device is not known.
 
-    float32 means TF32 there, which `train` allows.
+    For float32 it is the rate of TF32, which `train` uses on GPUs.
     """
     for part, (bfloat16, tf32) in PEAK_FLOPS.items():
         if all(word in device_name for word in part.split()):
@@ -166,15 +168,66 @@ def peak_flops(device_name: str, precision: Literal["float32", "bfloat16"]) -> f
     return None
 
 
-def model_flops_utilisation(
+def model_flops_utilization(
     config: ModelConfig, tokens_per_second: float, peak: float, sequence_length: int | None = None
 ) -> float:
-    """Share of the peak rate that goes into the model's matrix products (MFU; Chowdhery et al. 2022, appendix B).
+    """Return the share of the peak rate that goes into the model's matmuls (MFU; Chowdhery et al. 2022, appendix B).
 
-    Attention counts over all pairs of positions, recomputed activations do not count.
+    Attention counts over all pairs of positions; recomputed activations do not count.
     """
     seq = sequence_length or config.context_length
     return tokens_per_second * training_flops(config, sequence_length=seq) / seq / peak
+
+
+def print_tables(name: str, config: ModelConfig, batch_size: int, memory_gb: float, bytes_per_number: int) -> None:
+    """Print the parameters, the matmuls of a forward pass, and the memory of a training step as tables.
+
+    Args:
+        name: what the tables call the model.
+        config: the model.
+        batch_size: sequences per step.
+        memory_gb: memory of a GPU, in GB (10^9 bytes), for which the largest batch is printed.
+        bytes_per_number: 4 for float32, 2 for bfloat16.
+    """
+    from rich.console import Console
+
+    counts = parameter_counts(config)
+    parameters = _table(f"{name}: parameters", "component", "parameters", "share")
+    for component, count in counts.items():
+        parameters.add_row(component, f"{count:,}", f"{count / sum(counts.values()):.1%}")
+    parameters.add_section()
+    parameters.add_row("total", f"{sum(counts.values()):,}", "")
+
+    total = forward_flops(config, batch_size)
+    title = f"matmuls of a forward pass, {batch_size} x {config.context_length} tokens"
+    forward = _table(title, "matmul", "shape", "times", "FLOPs", "share")
+    for matmul in matmuls(config, batch_size):
+        shape = rf"\[{matmul.rows} x {matmul.inner}] \[{matmul.inner} x {matmul.columns}]"
+        forward.add_row(matmul.name, shape, f"{matmul.times:,}", f"{matmul.flops:.4g}", f"{matmul.flops / total:.1%}")
+    forward.add_section()
+    forward.add_row("total", "", "", f"{total:.4g}", "")
+
+    memory = training_memory(config, batch_size, bytes_per_number=bytes_per_number)
+    step = _table(f"a training step with AdamW, {bytes_per_number} bytes per number", "memory", "GB")
+    for part in ("parameters", "gradients", "optimizer_state", "activations", "total"):
+        step.add_row(part.replace("_", " "), f"{getattr(memory, part) / 1e9:.2f}")
+
+    console = Console()
+    for table in (parameters, forward, step):
+        console.print(table)
+    largest = max_batch_size(config, memory_gb * 1e9, bytes_per_number=bytes_per_number)
+    console.print(f"largest batch in {memory_gb:g} GB: {largest}")
+    console.print(f"one AdamW step: {adamw_step_flops(config):.4g} FLOPs")
+
+
+def _table(title: str, first: str, *numbers: str) -> "Table":
+    """Make a table whose columns after the first are right-aligned."""
+    from rich.table import Table
+
+    table = Table(first, title=title, title_justify="left")
+    for column in numbers:
+        table.add_column(column, justify="right")
+    return table
 
 
 def _ffn_matrices(config: ModelConfig) -> int:

@@ -1,6 +1,8 @@
-"""The command line: `cs336-basics <command>`, or `python -m cs336_basics <command>`."""
+"""The command line: `cs336-basics <command>`, or `python -m cs336_basics <command>`.
 
-import codecs
+Each command imports what it needs when it is executed, so `--help` does not wait for PyTorch.
+"""
+
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,29 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from tyro.conf import OmitArgPrefixes, Positional
 
-from cs336_basics import accounting
-from cs336_basics.bpe import train_bpe
 from cs336_basics.command import run_command
 from cs336_basics.corpus import END_OF_TEXT
-from cs336_basics.data import tokenize_file
 from cs336_basics.demo import DemoConfig, run_demo
-from cs336_basics.generation import SamplingConfig, generate_stream
-from cs336_basics.model import BasicsTransformerLM
-from cs336_basics.plots import plot_loss
+from cs336_basics.model_config import SamplingConfig
 from cs336_basics.presets import MODELS, TRAIN
 from cs336_basics.pretokenization import DecodeErrors
-from cs336_basics.runs import check_vocabulary, load_model, load_tokenizer
-from cs336_basics.tokenizer import Tokenizer
-from cs336_basics.training import TrainConfig, train
+from cs336_basics.train_config import TrainConfig
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    ModelName = str
     TrainPreset = TrainConfig
-else:  # one subcommand a preset, whose options start from the preset's values
+else:
+    ModelName = Literal[tuple(MODELS)]
+    # One subcommand per preset, whose options start from the preset's values.
     TrainPreset = OmitArgPrefixes[
         tyro.conf.OmitSubcommandPrefixes[
             tyro.extras.subcommand_type_from_defaults(
@@ -45,19 +42,22 @@ class TrainBPE:
     """Train a byte-level BPE tokenizer on a text file."""
 
     text: Positional[Path]
-    """UTF-8 text; documents are separated by a special token."""
+    """UTF-8 text whose documents are separated by a special token."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder for vocab.json and merges.txt."""
+    """Folder to write vocab.json and merges.txt to."""
     vocab_size: int = 10_000
-    """The most tokens, the 256 bytes and the special tokens included."""
+    """The most tokens in the vocabulary, including the 256 bytes and the special tokens."""
     special_tokens: tuple[str, ...] = (END_OF_TEXT,)
-    """Strings that are one token each."""
+    """Strings that become one token each."""
     num_workers: int | None = None
-    """Processes that count words. Default: one for each available core. The result does not depend on it."""
+    """Processes that count words. Default: one per available core. The result does not depend on it."""
     errors: DecodeErrors = "strict"
-    """Bytes that are not UTF-8: stop and say where, or read them as U+FFFD."""
+    """How to treat bytes that are not UTF-8: strict stops and says where they are, replace reads them as U+FFFD."""
 
     def execute(self) -> None:
+        from cs336_basics.bpe import train_bpe
+        from cs336_basics.tokenizer import Tokenizer
+
         started = time.perf_counter()
         size = _size_of(self.text)
         with _progress() as progress:
@@ -91,17 +91,20 @@ class Tokenize:
     text: Positional[Path]
     """UTF-8 text."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """The token file, a .npy array that is mapped into memory when read."""
+    """The token file to write: a .npy array, which training maps into memory."""
     tokenizer: Path
     """Folder with vocab.json and merges.txt."""
     special_tokens: tuple[str, ...] = (END_OF_TEXT,)
     """Strings that are one token each."""
     num_workers: int | None = None
-    """Processes. Default: one for each available core."""
+    """Processes that tokenize. Default: one per available core. The result does not depend on it."""
     errors: DecodeErrors = "strict"
-    """Bytes that are not UTF-8: stop and say where, or read them as U+FFFD."""
+    """How to treat bytes that are not UTF-8: strict stops and says where they are, replace reads them as U+FFFD."""
 
     def execute(self) -> None:
+        from cs336_basics.data import tokenize_file
+        from cs336_basics.load_run import load_tokenizer
+
         started = time.perf_counter()
         size = _size_of(self.text)
         if self.output.suffix != ".npy":
@@ -118,59 +121,65 @@ class Tokenize:
                 progress=lambda done: progress.update(task, completed=done),
             )
         seconds = time.perf_counter() - started
-        rate = f"{size / max(count, 1):.2f} bytes each, {size / seconds / 1e6:.1f} MB/s"
+        rate = f"{size / max(count, 1):.2f} bytes per token, {size / seconds / 1e6:.1f} MB/s"
         print(f"{count:,} tokens, {rate}; written: {self.output}")
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model, starting from a preset; the same command resumes an interrupted run."""
+    """Train a model, starting from a preset. The same command resumes an interrupted run."""
 
     config: TrainPreset
 
     def execute(self) -> None:
+        from cs336_basics.training import train
+
         report(self.config, train(self.config))
 
 
 def report(config: TrainConfig, latest: dict[str, float]) -> None:
-    """Say how a run has ended, and plot its losses."""
+    """Print how a run ended, and plot its losses."""
+    from cs336_basics.plots import plot_loss
+
     if "loss" in latest and "valid_loss" in latest:
         print(f"step {config.steps}: training loss {latest['loss']:.4f}, validation loss {latest['valid_loss']:.4f}")
-    plot_loss(config.run, config.run / "loss.png")
-    print(f"written: {config.run}/ (metrics.jsonl, loss.png, checkpoints/)")
+    plot_loss(config.run_dir, config.run_dir / "loss.png")
+    print(f"written: {config.run_dir}/ (metrics.jsonl, loss.png, checkpoints/)")
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Let a trained model continue texts."""
+    """Continue texts with a trained model."""
 
-    run: Path
-    """Folder of the run."""
+    run_dir: Annotated[Path, tyro.conf.arg(aliases=["--run"])]
+    """Run folder of the model."""
     prompt: tuple[str, ...] = ("",)
-    """Texts to continue, all at once. An empty one asks for a document from its beginning."""
+    """Texts to continue, all at once. An empty one starts a new document."""
     interactive: bool = False
     """Continue the prompt, if there is one, then ask for more until an empty line or Ctrl-D."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.8, top_p=0.95)
     """How tokens are chosen."""
     checkpoint: Path | None = None
-    """A checkpoint file. Default: the latest of the run."""
+    """Checkpoint file to load. Default: the latest of the run."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer. Default: the run's own."""
+    """Folder of the tokenizer. Default: the run folder, which has a copy."""
     special_tokens: tuple[str, ...] = (END_OF_TEXT,)
-    """The tokenizer's special tokens; the first of them ends a document."""
+    """The tokenizer's special tokens. The first of them ends a document."""
     device: str = "auto"
     """cpu, cuda, mps, or auto for a GPU if there is one."""
 
     def execute(self) -> None:
-        model = load_model(self.run, self.device, self.checkpoint)
-        tokenizer = load_tokenizer(self.tokenizer or self.run, self.special_tokens)
+        from cs336_basics.generation import print_continuations
+        from cs336_basics.load_run import check_vocabulary, load_model, load_tokenizer
+
+        model = load_model(self.run_dir, self.device, self.checkpoint)
+        tokenizer = load_tokenizer(self.tokenizer or self.run_dir, self.special_tokens)
         check_vocabulary(model, tokenizer)
-        if not self.interactive:
-            _continue(model, tokenizer, self.prompt, self.sampling)
-            return
         sampling = self.sampling
-        if any(self.prompt):
-            _continue(model, tokenizer, self.prompt, sampling)
+        if not self.interactive or any(self.prompt):
+            print_continuations(model, tokenizer, self.prompt, sampling)
+        if not self.interactive:
+            return
         print("Type the beginning of a text. An empty line ends.")
         while True:
             try:
@@ -179,68 +188,40 @@ class Generate:
                 return
             if not prompt:
                 return
-            _continue(model, tokenizer, (prompt,), sampling)
-            if sampling.seed is not None:  # the same prompt again gives another continuation
+            print_continuations(model, tokenizer, (prompt,), sampling)
+            if sampling.seed is not None:  # so that the same prompt has another continuation next time
                 sampling = replace(sampling, seed=sampling.seed + 1)
 
 
 @dataclass(frozen=True)
 class Accounting:
-    """Print a model's parameters, operations and memory."""
+    """Print the parameters, floating-point operations and memory of a model."""
 
-    model: Positional[Literal["gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl", "tinystories-17m", "owt"]]
-    """Which model."""
+    model: Positional[ModelName]
+    """Name of a preset, whose model is used."""
     context_length: int | None = None
-    """Tokens per sequence. Default: the model's."""
+    """Tokens per sequence. Default: the model's context length."""
     batch_size: int = 1
     """Sequences per step."""
     memory_gb: float = 80.0
-    """Memory of a GPU, in GB of 10^9 bytes, to fill with the largest batch."""
+    """Memory of a GPU, in GB (10^9 bytes), for which to find the largest batch."""
     bytes_per_number: int = 4
     """4 for float32, 2 for bfloat16."""
 
     def execute(self) -> None:
+        from cs336_basics.accounting import print_tables
+
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, but must be at least 1")
         config = MODELS[self.model]
         if self.context_length is not None:
             config = replace(config, context_length=self.context_length)
-        console = Console()
-
-        counts = accounting.parameter_counts(config)
-        table = Table("component", "parameters", "share", title=f"{self.model}: parameters")
-        for name, count in counts.items():
-            table.add_row(name, f"{count:,}", f"{count / sum(counts.values()):.1%}")
-        table.add_section()
-        table.add_row("total", f"{sum(counts.values()):,}", "")
-        console.print(_right_aligned(table))
-
-        products = accounting.matmuls(config, self.batch_size)
-        total = accounting.forward_flops(config, self.batch_size)
-        title = f"matrix products of a forward pass, {self.batch_size} x {config.context_length} tokens"
-        table = Table("product", "shape", "times", "FLOPs", "share", title=title)
-        for product in products:
-            shape = f"[{product.rows} x {product.inner}] [{product.inner} x {product.columns}]".replace("[", r"\[")
-            table.add_row(
-                product.name, shape, f"{product.times:,}", f"{product.flops:.4g}", f"{product.flops / total:.1%}"
-            )
-        table.add_section()
-        table.add_row("total", "", "", f"{total:.4g}", "")
-        console.print(_right_aligned(table))
-
-        memory = accounting.training_memory(config, self.batch_size, bytes_per_number=self.bytes_per_number)
-        table = Table("memory", "GB", title=f"a training step with AdamW, {self.bytes_per_number} bytes a number")
-        for name in ("parameters", "gradients", "optimizer_state", "activations", "total"):
-            table.add_row(name.replace("_", " "), f"{getattr(memory, name) / 1e9:.2f}")
-        console.print(_right_aligned(table))
-        largest = accounting.max_batch_size(config, self.memory_gb * 1e9, bytes_per_number=self.bytes_per_number)
-        console.print(f"largest batch in {self.memory_gb:g} GB: {largest}")
-        console.print(f"one AdamW step: {accounting.adamw_step_flops(config):.4g} FLOPs")
+        print_tables(self.model, config, self.batch_size, self.memory_gb, self.bytes_per_number)
 
 
 @dataclass(frozen=True)
 class Demo(DemoConfig):
-    """From a text to a model that continues it, in a few minutes on a CPU."""
+    """Go from a text to a model that continues it, in a few minutes on a CPU."""
 
     def execute(self) -> None:
         run_demo(self)
@@ -257,7 +238,7 @@ Command = (
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; what a user got wrong is one line and exit status 2."""
+    """Run a command. A user's mistake is reported in one line, with exit status 2."""
     run_command(
         Command,
         "cs336-basics",
@@ -267,53 +248,19 @@ def main(args: Sequence[str] | None = None) -> None:
     )
 
 
-def _continue(
-    model: BasicsTransformerLM, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingConfig
-) -> None:
-    """Print continuations: a single one as it comes, several one below the other."""
-    stop = tokenizer.token_to_id[tokenizer.special_tokens[0].encode()]
-    prompt_ids = [tokenizer.encode(prompt) or [stop] for prompt in prompts]
-    texts = list(prompts)
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]  # characters may span tokens
-    if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
-    for tokens in generate_stream(model, prompt_ids, sampling, stop):
-        for index, token in enumerate(tokens):
-            if token is not None:
-                piece = decoders[index].decode(tokenizer.vocab[token])
-                texts[index] += piece
-                if len(prompts) == 1:
-                    print(piece, end="", flush=True)
-    for index, decoder in enumerate(decoders):
-        rest = decoder.decode(b"", final=True)  # half a character at the end
-        texts[index] += rest
-        if len(prompts) == 1:
-            print(rest)
-    if len(prompts) == 1:
-        return
-    for number, text in enumerate(texts, start=1):
-        print(f"--- {number}\n{text}")
-
-
 def _size_of(path: Path) -> int:
     if not path.is_file():
         raise FileNotFoundError(f"there is no text {path}")
     return path.stat().st_size
 
 
-def _progress() -> Progress:
+def _progress() -> "Progress":
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-
-
-def _right_aligned(table: Table) -> Table:
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.title_justify = "left"
-    return table
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 if __name__ == "__main__":

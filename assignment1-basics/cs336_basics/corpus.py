@@ -1,4 +1,4 @@
-"""A corpus that every reader has already: the source code of Python's standard library."""
+"""A corpus that everybody has: the source code of Python's standard library. Also splits a text of the user's own."""
 
 import sysconfig
 from pathlib import Path
@@ -7,11 +7,11 @@ from cs336_basics.pretokenization import read_text
 
 END_OF_TEXT = "<|endoftext|>"
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "_bundled"}
-_TABLES = {"encodings", "pydoc_data"}  # hardly code
+_TABLES = {"encodings", "pydoc_data"}  # tables of characters and texts, hardly any code
 
 
 def write_standard_library(train_path: Path, valid_path: Path, valid_every: int = 20) -> tuple[int, int]:
-    """Write the standard library's modules as documents, every twentieth into the validation file.
+    """Write the standard library's modules as documents, by default every twentieth into the validation file.
 
     Tests, installed packages, tables of characters and files that are not UTF-8 are left out.
 
@@ -19,7 +19,7 @@ def write_standard_library(train_path: Path, valid_path: Path, valid_every: int 
         The number of training and validation documents.
 
     Raises:
-        FileNotFoundError: this Python comes without the sources of its library.
+        FileNotFoundError: this Python was installed without the sources of its library.
     """
     library = Path(sysconfig.get_path("stdlib"))
     paths = [
@@ -40,9 +40,9 @@ def write_standard_library(train_path: Path, valid_path: Path, valid_every: int 
 
 
 def split_text(source: Path, train_path: Path, valid_path: Path, max_bytes: int, valid_share: float = 0.05) -> int:
-    """Split the first `max_bytes` of a text file: its last documents, or lines, are for validation.
+    """Split the first `max_bytes` of a text file; its last documents, or lines, become the validation text.
 
-    Documents are what `<|endoftext|>` separates; where none ends in time, the split is at a line's end.
+    Documents are separated by `<|endoftext|>`. If none ends in the last `valid_share`, the split is at a line's end.
 
     Returns:
         The number of characters used.
@@ -64,7 +64,7 @@ def split_text(source: Path, train_path: Path, valid_path: Path, max_bytes: int,
     if len(text) < 10_000 or cut is None:
         raise ValueError(
             f"{source} is too short to train and validate on ({len(text)} characters in one piece); "
-            "give at least some hundred kilobytes of text in several lines"
+            "give at least a few hundred kilobytes of text in several lines"
         )
     write_documents(train_path, text[:cut].removesuffix(END_OF_TEXT).split(END_OF_TEXT))
     write_documents(valid_path, text[cut:].removesuffix(END_OF_TEXT).split(END_OF_TEXT))
@@ -72,6 +72,7 @@ def split_text(source: Path, train_path: Path, valid_path: Path, max_bytes: int,
 
 
 def write_documents(path: Path, documents: list[str]) -> None:
+    """Write documents to a file, each followed by `<|endoftext|>`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
         for document in documents:
@@ -81,5 +82,5 @@ def write_documents(path: Path, documents: list[str]) -> None:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):  # a dangling link, say
+    except (UnicodeDecodeError, OSError):  # for example a dangling link
         return ""

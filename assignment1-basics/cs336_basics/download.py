@@ -1,17 +1,19 @@
-"""Fetch the course's public data sets: `python -m cs336_basics.download tinystories`.
+"""Download the course's public data sets: `python -m cs336_basics.download tinystories`.
 
-huggingface_hub does the transfer: it resumes what was interrupted and refuses a file whose size is not the
-one that the server announced.
+huggingface_hub does the transfer: it resumes an interrupted download and refuses a file whose size is not the one that
+the server announced.
 """
 
-import argparse
 import gzip
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from tyro.conf import Positional
+
+from cs336_basics.command import run_command
 
 
 @dataclass(frozen=True)
@@ -33,29 +35,52 @@ SOURCES = {
     ),
     "owt": Source("stanford-cs336/owt-sample", ("owt_train.txt.gz", "owt_valid.txt.gz"), 32_000, "owt"),
 }
+if TYPE_CHECKING:
+    SourceName = str
+else:
+    SourceName = Literal[tuple(SOURCES)]
+
+
+@dataclass(frozen=True)
+class Download:
+    """Download one of the course's public data sets."""
+
+    name: Positional[SourceName]
+    """Which data set."""
+    folder: Path | None = None
+    """Folder for the texts. Default: data/NAME."""
+
+    def execute(self) -> None:
+        folder = self.folder or Path("data") / self.name
+        try:
+            train, valid = download(self.name, folder)
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise ValueError(str(error)) from None
+        source, run = SOURCES[self.name], ".venv/bin/cs336-basics"
+        print(
+            f"""
+What to run next, in assignment1-basics/:
+  {run} train-bpe {train} -o {folder} --vocab-size {source.vocab_size}
+  {run} tokenize {train} -o {folder}/train.npy --tokenizer {folder}
+  {run} tokenize {valid} -o {folder}/valid.npy --tokenizer {folder}
+  {run} train {source.preset} --train-data {folder}/train.npy --valid-data {folder}/valid.npy"""
+        )
 
 
 def download(name: str, folder: Path) -> list[Path]:
-    """Fetch a data set into `folder`, unpacked; files that are there already are left alone.
+    """Download a data set into `folder` and unpack it; files that are there already are left alone.
 
     Returns:
         The text files.
 
     Raises:
-        ConnectionError: the hub cannot be reached; running it again resumes.
+        ConnectionError: the hub cannot be reached. Running the command again resumes the download.
     """
     texts = []
     for file in SOURCES[name].files:
         text = folder / file.removesuffix(".gz")
         if not text.exists():
-            try:
-                fetched = Path(hf_hub_download(SOURCES[name].repository, file, repo_type="dataset", local_dir=folder))
-            except (OSError, HfHubHTTPError) as error:
-                reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-                raise ConnectionError(
-                    f"cannot fetch {file} of {SOURCES[name].repository} ({reason}); "
-                    "run the same command again to resume"
-                ) from error
+            fetched = _fetch(SOURCES[name].repository, file, folder)
             if fetched.suffix == ".gz":
                 unfinished = text.with_name(text.name + ".tmp")
                 with gzip.open(fetched) as packed, open(unfinished, "wb") as unpacked:
@@ -67,24 +92,27 @@ def download(name: str, folder: Path) -> list[Path]:
     return texts
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch the course's public data sets.")
-    parser.add_argument("name", choices=sorted(SOURCES))
-    parser.add_argument("--folder", type=Path, help="where to; default: data/NAME")
-    arguments = parser.parse_args()
-    folder = arguments.folder or Path("data") / arguments.name
+def _fetch(repository: str, file: str, folder: Path) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        train, valid = download(arguments.name, folder)
-    except (ConnectionError, gzip.BadGzipFile, EOFError) as error:
-        raise SystemExit(f"cs336-basics: {error}") from None
-    source, run = SOURCES[arguments.name], ".venv/bin/cs336-basics"
-    print(
-        f"""
-What to run next, in assignment1-basics/:
-  {run} train-bpe {train} -o {folder} --vocab-size {source.vocab_size}
-  {run} tokenize {train} -o {folder}/train.npy --tokenizer {folder}
-  {run} tokenize {valid} -o {folder}/valid.npy --tokenizer {folder}
-  {run} train {source.preset} --train-data {folder}/train.npy --valid-data {folder}/valid.npy"""
+        return Path(hf_hub_download(repository, file, repo_type="dataset", local_dir=folder))
+    except (OSError, HfHubHTTPError) as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise ConnectionError(
+            f"cannot download {file} of {repository} ({reason}); run the same command again to resume"
+        ) from error
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command. A user's mistake is reported in one line, with exit status 2."""
+    run_command(
+        Download,
+        "cs336_basics.download",
+        args,
+        interrupted="run the same command again to resume",
+        out_of_memory="close other programs",
     )
 
 

@@ -1,92 +1,46 @@
-"""The Transformer language model, from `torch.nn.Parameter` up.
+"""The Transformer language model, built from `torch.nn.Parameter` up.
 
-Read it from top to bottom: linear map, embedding, norm, positions, feed-forward, attention, block, model.
-Names of classes, parameters and state-dict entries are those of the course's staff package, so that this
-file can stand in for it. Weights are [out in]; a module's `forward` takes any number of leading dimensions
-where its type says `...`.
+Read it from top to bottom: linear map, embedding, norm, positions, feed-forward network, attention, block, model.
+The names of classes, parameters and state-dict entries are those of the course's staff package, so this file can
+replace it. The shape of a model is a `ModelConfig`; a weight is [out in].
+
+Shapes in the comments and types, checked by the tests:
+
+    batch          B   sequences in a batch; `...` stands for any number of leading dimensions
+    seq            T   tokens in a sequence; queries and keys in attention
+    d_model        D   width of the residual stream
+    heads          H   attention heads
+    d_head             D / H, width of a head; d_k for queries and keys, d_v for values
+    d_ff           F   inner width of the feed-forward network
+    vocab          V   token ids
+    slots              positions in a KV cache
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from cs336_basics.nn_utils import silu, softcap, softmax, squared_relu
+from cs336_basics.model_config import FFN, ModelConfig
+from cs336_basics.nn_utils import silu, softmax, squared_relu
 
+Device = torch.device | None
+Dtype = torch.dtype | None
 #: Causal attention of [... heads seq d_head] queries, keys and values.
 CausalAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
-Norm = Literal["pre", "post", "none"]
-Position = Literal["rope", "none"]
-FFN = Literal["swiglu", "silu", "relu2"]
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of a `BasicsTransformerLM`. The defaults are the course's TinyStories model."""
-
-    vocab_size: int = 10_000
-    """Number of token ids."""
-    context_length: int = 256
-    """The most tokens the model sees at once."""
-    d_model: int = 512
-    """Width of the residual stream."""
-    num_layers: int = 4
-    """Number of Transformer blocks."""
-    num_heads: int = 16
-    """Attention heads per block; d_model / num_heads is the width of a head."""
-    d_ff: int | None = None
-    """Inner width of the feed-forward network. Default: 8/3 d_model rounded to a multiple of 64 for SwiGLU,
-    4 d_model for the others, which have about as many parameters."""
-    rope_theta: float = 10_000.0
-    """Base of RoPE's wavelengths."""
-    norm: Norm = "pre"
-    """Ablation. RMSNorm before each sublayer, after each residual sum, or nowhere."""
-    position: Position = "rope"
-    """Ablation. Rotary position embedding, or none (NoPE)."""
-    ffn: FFN = "swiglu"
-    """Gated feed-forward network, or a plain one with SiLU or with the square of ReLU."""
-    tie_embeddings: bool = False
-    """The head's matrix is the embeddings' (Press & Wolf 2017)."""
-    qk_norm: bool = False
-    """RMSNorm of every head's queries and keys, before RoPE (Henry et al. 2020; Dehghani et al. 2023)."""
-    logit_softcap: float | None = None
-    """Bound of the logits, which are bent towards it by a tanh (Gemma Team 2024). Default: none."""
-    value_embeddings: int = 0
-    """In so many blocks, the last ones, a token adds to its values a vector of its own, from a table that begins at
-    zero (Jordan et al. 2024, "modded-nanogpt"; the idea of Zhou et al. 2024, "Value residual learning")."""
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.d_model % self.num_heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}")
-        if self.position == "rope" and self.d_model // self.num_heads % 2:
-            raise ValueError(f"RoPE rotates pairs, but a head has odd width {self.d_model // self.num_heads}")
-        if not 0 <= self.value_embeddings <= self.num_layers:
-            raise ValueError(f"value_embeddings is {self.value_embeddings}, but there are {self.num_layers} blocks")
-        if self.logit_softcap is not None and self.logit_softcap <= 0:
-            raise ValueError(f"logit_softcap is {self.logit_softcap}, but must be positive, or None for no bound")
-
-    @property
-    def ffn_width(self) -> int:
-        """`d_ff`, or its default."""
-        if self.d_ff is not None:
-            return self.d_ff
-        return max(64, round(8 / 3 * self.d_model / 64) * 64) if self.ffn == "swiglu" else 4 * self.d_model
+#: The fields of `ModelConfig` that are arguments of the staff's model, in their order.
+_SHAPE_FIELDS = [item.name for item in fields(ModelConfig)[:7]]
 
 
 class Linear(nn.Module):
-    """y = W x, without bias."""
+    """y = W x, without a bias."""
 
-    def __init__(
-        self, d_in: int, d_out: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, d_in: int, d_out: int, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
         std = math.sqrt(2 / (d_in + d_out))  # Glorot & Bengio 2010
         weight = torch.empty(d_out, d_in, device=device, dtype=dtype)
@@ -97,11 +51,9 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of `weight` for every token id."""
+    """Look up the row of `weight` that belongs to each token id."""
 
-    def __init__(
-        self, vocab_size: int, d_model: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, vocab_size: int, d_model: int, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
         weight = torch.empty(vocab_size, d_model, device=device, dtype=dtype)
         self.weight = nn.Parameter(nn.init.trunc_normal_(weight, std=1.0, a=-3.0, b=3.0))
@@ -113,9 +65,7 @@ class Embedding(nn.Module):
 class RMSNorm(nn.Module):
     """x / √(mean(x²) + eps) · weight (Zhang & Sennrich 2019), computed in float32."""
 
-    def __init__(
-        self, hidden_size: int, eps: float = 1e-5, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, hidden_size: int, eps: float = 1e-5, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
         self.eps = eps
@@ -127,22 +77,20 @@ class RMSNorm(nn.Module):
 
 
 class Identity(nn.Module):
-    """Stands where an ablation takes a module away."""
+    """Return the input unchanged; takes the place of a module that an ablation removes."""
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         return x
 
 
 class RotaryEmbedding(nn.Module):
-    """RoPE (Su et al. 2021): turn the pair (2k, 2k+1) by the angle position / theta^(2k/dim).
+    """RoPE (Su et al. 2021): rotate the pair (2k, 2k+1) by the angle position / theta^(2k/dim).
 
-    The query-key product then depends on the distance of two positions alone. The tables of cosines and
-    sines are shared by all layers and are no part of the state dict.
+    The dot product of a query and a key then depends only on the distance between their positions. All layers share
+    the tables of cosines and sines, which are not in the state dict.
     """
 
-    def __init__(
-        self, context_length: int, dim: int, theta: float = 10_000.0, device: torch.device | None = None
-    ) -> None:
+    def __init__(self, context_length: int, dim: int, theta: float = 10_000.0, device: Device = None) -> None:
         super().__init__()
         frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angles = torch.outer(torch.arange(context_length, dtype=torch.float64), frequencies)
@@ -154,7 +102,7 @@ class RotaryEmbedding(nn.Module):
     def forward(
         self, x: Float[Tensor, "... seq dim"], positions: Int[Tensor, "... seq"]
     ) -> Float[Tensor, "... seq dim"]:
-        """Positions broadcast against the leading dimensions of `x`."""
+        """Rotate `x`. The positions broadcast against its leading dimensions."""
         cos, sin = self.cos[positions], self.sin[positions]
         even, odd = x[..., 0::2], x[..., 1::2]
         rotated = torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1)
@@ -164,9 +112,7 @@ class RotaryEmbedding(nn.Module):
 class SwiGLU(nn.Module):
     """W2(SiLU(W1 x) ⊙ W3 x) (Shazeer 2020)."""
 
-    def __init__(
-        self, d_model: int, d_ff: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, d_model: int, d_ff: int, device: Device = None, dtype: Dtype = None) -> None:
         super().__init__()
         self.w1 = Linear(d_model, d_ff, device, dtype)
         self.w2 = Linear(d_ff, d_model, device, dtype)
@@ -177,15 +123,15 @@ class SwiGLU(nn.Module):
 
 
 class PlainFeedForward(nn.Module):
-    """W2(f(W1 x)): no gate, and an activation f of one's choice."""
+    """W2(f(W1 x)): a network without a gate, with activation f."""
 
     def __init__(
         self,
         d_model: int,
         d_ff: int,
         activation: Callable[[Tensor], Tensor],
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
         self.w1 = Linear(d_model, d_ff, device, dtype)
@@ -196,10 +142,8 @@ class PlainFeedForward(nn.Module):
         return self.w2(self.activation(self.w1(x)))
 
 
-def feed_forward(
-    kind: FFN, d_model: int, d_ff: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """A feed-forward network by its name."""
+def feed_forward(kind: FFN, d_model: int, d_ff: int, device: Device = None, dtype: Dtype = None) -> nn.Module:
+    """Build a feed-forward network by its name."""
     if kind == "swiglu":
         return SwiGLU(d_model, d_ff, device, dtype)
     return PlainFeedForward(d_model, d_ff, silu if kind == "silu" else squared_relu, device, dtype)
@@ -218,8 +162,8 @@ def scaled_dot_product_attention(
     return softmax(scores, dim=-1) @ V
 
 
-class LayerCache:
-    """Keys and values that one attention layer has computed: slot t of a row holds its position t."""
+class KVCache:
+    """The keys and values that one attention layer has computed: slot t of a sequence holds its position t."""
 
     def __init__(
         self, batch: int, heads: int, slots: int, d_head: int, device: torch.device, dtype: torch.dtype
@@ -233,7 +177,7 @@ class LayerCache:
         values: Float[Tensor, "batch heads seq d_head"],
         positions: Int[Tensor, "batch seq"],
     ) -> tuple[Float[Tensor, "batch heads slots d_head"], Float[Tensor, "batch heads slots d_head"]]:
-        """Write new keys and values into the slots of their positions; return all slots."""
+        """Write new keys and values into the slots of their positions, and return all slots."""
         slots = positions[:, None, :, None].expand_as(keys)
         self.keys.scatter_(2, slots, keys.to(self.keys.dtype))
         self.values.scatter_(2, slots, values.to(self.values.dtype))
@@ -241,15 +185,15 @@ class LayerCache:
 
 
 class CausalMultiHeadSelfAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and what came before (Vaswani et al. 2017, 3.2.2).
+    """Multi-head self-attention in which a token attends to itself and to earlier tokens (Vaswani et al. 2017, 3.2.2).
 
     Args:
-        d_model: width of input and output; the heads share it evenly.
+        d_model: width of input and output, which the heads share evenly.
         num_heads: number of heads, stacked along the rows of the projections.
-        positional_encoder: turns queries and keys by their positions; None for no positions.
-        causal_attention: computes the attention in training, FlashAttention say. Default: this module's
+        positional_encoder: rotates queries and keys by their positions. Default: no positions.
+        causal_attention: computes the attention in training, for example with FlashAttention. Default: this module's
             `scaled_dot_product_attention`, looked up at every call so that it can be replaced.
-        qk_norm: normalise the queries and keys of every head, with gains that heads share.
+        config: says whether queries and keys are normalized (QK-norm), with gains that all heads share.
     """
 
     def __init__(
@@ -258,10 +202,10 @@ class CausalMultiHeadSelfAttention(nn.Module):
         num_heads: int,
         positional_encoder: RotaryEmbedding | None = None,
         causal_attention: CausalAttention | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
         *,
-        qk_norm: bool = False,
+        config: ModelConfig | None = None,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -269,7 +213,7 @@ class CausalMultiHeadSelfAttention(nn.Module):
         self.k_proj = Linear(d_model, d_model, device, dtype)
         self.v_proj = Linear(d_model, d_model, device, dtype)
         self.output_proj = Linear(d_model, d_model, device, dtype)
-        d_head = d_model // num_heads
+        d_head, qk_norm = d_model // num_heads, config is not None and config.qk_norm
         self.q_norm = RMSNorm(d_head, device=device, dtype=dtype) if qk_norm else Identity()
         self.k_norm = RMSNorm(d_head, device=device, dtype=dtype) if qk_norm else Identity()
         self.positional_encoder = positional_encoder
@@ -279,46 +223,50 @@ class CausalMultiHeadSelfAttention(nn.Module):
         self,
         x: Float[Tensor, "... seq d_model"],
         token_positions: Int[Tensor, "... seq"] | None = None,
-        cache: LayerCache | None = None,
-        more_values: Float[Tensor, "... seq d_model"] | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """Attend within `x`, or, with a cache ([batch seq d_model] input), to all positions up to one's own.
+        """Attend within `x` or, with a cache ([batch seq d_model] input), to all positions up to each token's own."""
+        values = self.v_proj(x)  # first: the order of these calls is the order of the sums in the backward pass
+        return self.attend(self.q_proj(x), self.k_proj(x), values, token_positions, cache)
 
-        `more_values` are added to the values that `x` is projected to.
-        """
+    def attend(
+        self,
+        queries: Float[Tensor, "... seq d_model"],
+        keys: Float[Tensor, "... seq d_model"],
+        values: Float[Tensor, "... seq d_model"],
+        token_positions: Int[Tensor, "... seq"] | None = None,
+        cache: KVCache | None = None,
+    ) -> Float[Tensor, "... seq d_model"]:
+        """Compute the output of `forward` from the projections of its input."""
+        seq, device = queries.shape[-2], queries.device
         if token_positions is None:
-            token_positions = torch.arange(x.shape[-2], device=x.device)
-        values = self.v_proj(x)
-        if more_values is not None:
-            values = values + more_values.to(values.dtype)
+            token_positions = torch.arange(seq, device=device)
         q, k, v = (
             rearrange(projected, "... seq (heads d) -> ... heads seq d", heads=self.num_heads)
-            for projected in (self.q_proj(x), self.k_proj(x), values)
+            for projected in (queries, keys, values)
         )
         q, k = self.q_norm(q), self.k_norm(k)
         if self.positional_encoder is not None:
-            positions_of_heads = token_positions.unsqueeze(-2)
-            q = self.positional_encoder(q, positions_of_heads)
-            k = self.positional_encoder(k, positions_of_heads)
+            positions = token_positions.unsqueeze(-2)  # the same for every head
+            q, k = self.positional_encoder(q, positions), self.positional_encoder(k, positions)
 
         if cache is not None:
             k, v = cache.update(k, v, token_positions)
-            slots = torch.arange(k.shape[-2], device=x.device)
-            mask = slots <= token_positions[:, None, :, None]
+            mask = torch.arange(k.shape[-2], device=device) <= token_positions[:, None, :, None]
             attended = scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask)
         elif self.causal_attention is not None:
             attended = self.causal_attention(q, k, v)
         else:
-            mask = torch.ones(x.shape[-2], x.shape[-2], dtype=torch.bool, device=x.device).tril()
+            mask = torch.ones(seq, seq, dtype=torch.bool, device=device).tril()
             attended = scaled_dot_product_attention(q, k, v, mask)
         return self.output_proj(rearrange(attended, "... heads seq d -> ... seq (heads d)"))
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each added to the residual stream.
+    """Attention, then a feed-forward network, each added to the residual stream.
 
-    "pre" is x + f(RMSNorm(x)) (Xiong et al. 2020), "post" RMSNorm(x + f(x)) (Vaswani et al. 2017),
-    "none" x + f(x).
+    `config` says where the norms are: "pre" is x + f(RMSNorm(x)) (Xiong et al. 2020), "post" is RMSNorm(x + f(x))
+    (Vaswani et al. 2017), "none" is x + f(x). It also names the feed-forward network; its shape fields are not used.
     """
 
     def __init__(
@@ -328,41 +276,43 @@ class TransformerBlock(nn.Module):
         d_ff: int,
         positional_encoder: RotaryEmbedding | None = None,
         *,
-        norm: Norm = "pre",
-        ffn: FFN = "swiglu",
-        qk_norm: bool = False,
+        config: ModelConfig | None = None,
         causal_attention: CausalAttention | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        self.post_norm = norm == "post"
-        self.ln1 = Identity() if norm == "none" else RMSNorm(d_model, device=device, dtype=dtype)
+        config = config or ModelConfig()
+        self.post_norm = config.norm == "post"
+        self.ln1 = Identity() if config.norm == "none" else RMSNorm(d_model, device=device, dtype=dtype)
         self.attn = CausalMultiHeadSelfAttention(
-            d_model, num_heads, positional_encoder, causal_attention, device, dtype, qk_norm=qk_norm
+            d_model, num_heads, positional_encoder, causal_attention, device, dtype, config=config
         )
-        self.ln2 = Identity() if norm == "none" else RMSNorm(d_model, device=device, dtype=dtype)
-        self.ffn = feed_forward(ffn, d_model, d_ff, device, dtype)
+        self.ln2 = Identity() if config.norm == "none" else RMSNorm(d_model, device=device, dtype=dtype)
+        self.ffn = feed_forward(config.ffn, d_model, d_ff, device, dtype)
 
     def forward(
         self,
         x: Float[Tensor, "... seq d_model"],
         token_positions: Int[Tensor, "... seq"] | None = None,
-        cache: LayerCache | None = None,
-        more_values: Float[Tensor, "... seq d_model"] | None = None,
+        cache: KVCache | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
         if self.post_norm:
-            x = self.ln1(x + self.attn(x, token_positions, cache, more_values))
+            x = self.ln1(x + self.attn(x, token_positions, cache))
             return self.ln2(x + self.ffn(x))
-        x = x + self.attn(self.ln1(x), token_positions, cache, more_values)
+        x = x + self.attn(self.ln1(x), token_positions, cache)
         return x + self.ffn(self.ln2(x))
 
 
 class BasicsTransformerLM(nn.Module):
     """A decoder-only Transformer: token embedding, blocks, final norm, and a linear map to logits.
 
-    The final norm belongs to pre-norm alone: post-norm blocks end in a norm of their own.
-    Arguments: see `ModelConfig`, and `causal_attention` of `CausalMultiHeadSelfAttention`.
+    Only pre-norm models have a final norm; post-norm blocks end with a norm of their own.
+
+    Args:
+        vocab_size, context_length, d_model, num_layers, num_heads, d_ff, rope_theta: see `ModelConfig`.
+        config: everything else about the model; the first seven arguments take precedence over its fields.
+        causal_attention: see `CausalMultiHeadSelfAttention`.
     """
 
     def __init__(
@@ -375,92 +325,76 @@ class BasicsTransformerLM(nn.Module):
         d_ff: int | None = None,
         rope_theta: float = 10_000.0,
         *,
-        norm: Norm = "pre",
-        position: Position = "rope",
-        ffn: FFN = "swiglu",
-        tie_embeddings: bool = False,
-        qk_norm: bool = False,
-        logit_softcap: float | None = None,
-        value_embeddings: int = 0,
+        config: ModelConfig | None = None,
         causal_attention: CausalAttention | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
-        self.config = ModelConfig(
-            vocab_size, context_length, d_model, num_layers, num_heads, d_ff, rope_theta, norm, position, ffn,
-            tie_embeddings, qk_norm, logit_softcap, value_embeddings,
-        )  # fmt: skip
+        shape: Any = zip(_SHAPE_FIELDS, (vocab_size, context_length, d_model, num_layers, num_heads, d_ff, rope_theta))
+        self.config = config = replace(config or ModelConfig(), **dict(shape))
         self.vocab_size, self.context_length = vocab_size, context_length
         self.token_embeddings = Embedding(vocab_size, d_model, device, dtype)
-        rope = RotaryEmbedding(context_length, d_model // num_heads, rope_theta, device) if position == "rope" else None
-        self.layers = nn.ModuleList(
-            TransformerBlock(
-                d_model, num_heads, self.config.ffn_width, rope,
-                norm=norm, ffn=ffn, qk_norm=qk_norm,
-                causal_attention=causal_attention, device=device, dtype=dtype,
-            )
-            for _ in range(num_layers)
-        )  # fmt: skip
-        tables = [Embedding(vocab_size, d_model, device, dtype) for _ in range(value_embeddings)]
-        for table in tables:
-            table.weight.detach().zero_()
-        self.value_embeddings = nn.ModuleList(tables)
-        self.ln_final = RMSNorm(d_model, device=device, dtype=dtype) if norm == "pre" else Identity()
+        self.layers = self._build_layers(causal_attention, device, dtype)
+        self.ln_final = RMSNorm(d_model, device=device, dtype=dtype) if config.norm == "pre" else Identity()
         self.lm_head = Linear(d_model, vocab_size, device, dtype)
-        if tie_embeddings:  # and begin as the head does: of embeddings of variance 1 logits would be far too large
+        if config.tie_embeddings:  # start with the head's values: embeddings of variance 1 would make logits too large
             self.token_embeddings.weight = self.lm_head.weight
+
+    def _build_layers(self, causal_attention: CausalAttention | None, device: Device, dtype: Dtype) -> nn.ModuleList:
+        config, rope = self.config, None
+        if config.position == "rope":
+            rope = RotaryEmbedding(config.context_length, config.d_model // config.num_heads, config.rope_theta, device)
+        shared: Any = {"config": config, "causal_attention": causal_attention, "device": device, "dtype": dtype}
+        return nn.ModuleList(
+            TransformerBlock(config.d_model, config.num_heads, config.ffn_width, rope, **shared)
+            for _ in range(config.num_layers)
+        )
 
     @classmethod
     def from_config(cls, config: ModelConfig, **kwargs: object) -> "BasicsTransformerLM":
         """Build the model that `config` describes; `kwargs` are `causal_attention`, `device` and `dtype`."""
-        return cls(**asdict(config), **kwargs)  # type: ignore[arg-type]
+        return cls(*[getattr(config, name) for name in _SHAPE_FIELDS], config=config, **kwargs)  # type: ignore[arg-type]
 
     def forward(
         self,
         token_ids: Int[Tensor, "... seq"],
         token_positions: Int[Tensor, "... seq"] | None = None,
-        cache: list[LayerCache] | None = None,
+        cache: list[KVCache] | None = None,
     ) -> Float[Tensor, "... seq vocab"]:
-        """Logits of the next token at every position.
+        """Return the logits of the next token at every position.
 
         Args:
-            token_ids: at most `context_length` tokens a row.
-            token_positions: default 0, 1, 2, ...; a cache needs them given, [batch seq].
-            cache: from `new_cache`; holds what earlier calls computed, so that only new tokens are passed.
+            token_ids: at most `context_length` tokens per sequence.
+            token_positions: default 0, 1, 2, ...; required with a cache, as [batch seq].
+            cache: made by `new_cache`; holds what earlier calls computed, so that only new tokens need to be passed.
 
         Raises:
-            ValueError: the rows are longer than `context_length`.
+            ValueError: the sequences are longer than `context_length`.
         """
-        logits = self.lm_head(self.hidden(token_ids, token_positions, cache))
-        return logits if self.config.logit_softcap is None else softcap(logits, self.config.logit_softcap)
+        return self.lm_head(self.hidden_states(token_ids, token_positions, cache))
 
-    def hidden(
+    def hidden_states(
         self,
         token_ids: Int[Tensor, "... seq"],
         token_positions: Int[Tensor, "... seq"] | None = None,
-        cache: list[LayerCache] | None = None,
+        cache: list[KVCache] | None = None,
     ) -> Float[Tensor, "... seq d_model"]:
-        """What the head makes logits of: the model up to its final norm, with the arguments of `forward`.
-
-        Who applies the head applies the soft cap, too.
-        """
+        """Return the hidden states after the final norm, before the output head; see `forward` for the arguments."""
         if token_ids.shape[-1] > self.context_length:
             raise ValueError(f"{token_ids.shape[-1]} tokens do not fit into the context length {self.context_length}")
         x = self.token_embeddings(token_ids)
-        first = len(self.layers) - len(self.value_embeddings)  # of the blocks with value embeddings
         for index, layer in enumerate(self.layers):
-            more_values = self.value_embeddings[index - first](token_ids) if index >= first else None
-            x = layer(x, token_positions, cache[index] if cache else None, more_values)
+            x = layer(x, token_positions, cache[index] if cache else None)
         return self.ln_final(x)
 
-    def new_cache(self, batch: int) -> list[LayerCache]:
-        """An empty key-value cache for `batch` rows."""
+    def new_cache(self, batch: int) -> list[KVCache]:
+        """Return an empty KV cache for `batch` sequences, one part per block."""
         weight, heads = self.lm_head.weight, self.config.num_heads
         d_head = self.config.d_model // heads
-        return [LayerCache(batch, heads, self.context_length, d_head, weight.device, weight.dtype) for _ in self.layers]
+        return [KVCache(batch, heads, self.context_length, d_head, weight.device, weight.dtype) for _ in self.layers]
 
     def get_num_params(self, non_embedding: bool = True) -> int:
-        """The number of parameters, without the token embeddings by default."""
+        """Return the number of parameters, by default without the token embeddings."""
         total = sum(parameter.numel() for parameter in self.parameters())
         return total - self.token_embeddings.weight.numel() if non_embedding else total

@@ -19,21 +19,21 @@ ADAMW_RMS = 0.2
 
 
 class Muon(AdamW):
-    """Momentum, orthogonalised (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
+    """Orthogonalized momentum (Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks").
 
     For a matrix W [m n] in a group with `matrices=True` and its gradient G,
 
         M ← μ M + (1 - μ) G
-        O ← U Vᵀ, where U S Vᵀ is the singular value decomposition of μ M + (1 - μ) G (Nesterov's momentum), nearly
+        O ≈ U Vᵀ, where U S Vᵀ is the singular value decomposition of μ M + (1 - μ) G (Nesterov's momentum)
         W ← (1 - α λ) W - α 0.2 √max(m, n) O
 
-    The factor gives updates the size of AdamW's, so that one learning rate and one weight decay serve both (Liu et
-    al. 2025, "Muon is scalable for LLM training", equation 4). All other parameters are AdamW's.
+    The factor makes the updates as large as AdamW's, so that one learning rate and one weight decay serve both (Liu et
+    al. 2025, "Muon is scalable for LLM training", equation 4). All other parameters are updated by AdamW.
 
     Args:
-        params: parameters for AdamW alone, or groups; `groups(model)` makes them.
+        params: groups made by `groups(model)`, or parameters, which are then all updated by AdamW.
         momentum: μ.
-        adamw: the options of `AdamW`; lr and weight_decay are those of the matrices, too.
+        adamw: the options of `AdamW`; lr and weight_decay apply to the matrices too.
     """
 
     def __init__(self, params: Iterable[Tensor] | Iterable[dict], *, momentum: float = 0.95, **adamw: Any) -> None:
@@ -46,11 +46,13 @@ class Muon(AdamW):
                 group.setdefault(name, self.defaults[name])
             for parameter in group["params"]:
                 if group["matrices"] and parameter.ndim != 2:
-                    raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is no matrix: leave it to AdamW")
+                    raise ValueError(
+                        f"a parameter of shape {tuple(parameter.shape)} is not a matrix; leave it to AdamW"
+                    )
 
     @staticmethod
     def groups(model: nn.Module) -> list[dict[str, Any]]:
-        """The matrices of a model's blocks, and the rest: embeddings, head and gains."""
+        """Group a model's parameters: the matrices of its blocks, and the rest (embeddings, head and gains)."""
         blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
         inner = {parameter for block in blocks for parameter in block.parameters() if parameter.ndim == 2}
         rest = [parameter for parameter in model.parameters() if parameter not in inner]
@@ -80,42 +82,37 @@ class Muon(AdamW):
         return {}
 
     def _scaled(self, orthogonal: Tensor, matrices: list[Tensor], group: dict) -> Tensor:
-        """Updates of the size of AdamW's, [matrix m n], from orthogonal ones."""
+        """Scale orthogonal updates, [matrix m n], to the size of AdamW's."""
         return orthogonal * (ADAMW_RMS * math.sqrt(max(orthogonal.shape[-2:])))
 
 
 class NorMuon(Muon):
-    """Muon whose neurons get updates of one size (Li et al. 2025, "NorMuon", algorithm 1).
+    """Muon with updates of one size for every neuron (Li et al. 2025, "NorMuon", algorithm 1).
 
-    Rows of Muon's O differ in length. So each is divided by the root of v, a running mean (decay β₂) of its mean
-    square, and the whole is scaled to a root mean square of 0.2, AdamW's.
+    The rows of Muon's O differ in length. NorMuon divides each row by the root of v, a running mean (decay rate β₂) of
+    its mean square, and scales the whole to a root mean square of 0.2, that of AdamW's updates.
     """
 
     def _more_state(self, matrix: Tensor) -> dict[str, Tensor]:
         return {"v": matrix.new_zeros(matrix.shape[0])}
 
     def _scaled(self, orthogonal: Tensor, matrices: list[Tensor], group: dict) -> Tensor:
-        squares = [self.state[matrix]["v"] for matrix in matrices]
-        wide = orthogonal.to(squares[0].dtype)
-        torch._foreach_lerp_(squares, list(wide.square().mean(-1).unbind()), 1 - group["betas"][1])
-        rows = wide / (torch.stack(squares).sqrt() + group["eps"])[..., None]
+        second_moments = [self.state[matrix]["v"] for matrix in matrices]
+        wide = orthogonal.to(second_moments[0].dtype)
+        torch._foreach_lerp_(second_moments, list(wide.square().mean(-1).unbind()), 1 - group["betas"][1])
+        rows = wide / (torch.stack(second_moments).sqrt() + group["eps"])[..., None]
         return rows * (ADAMW_RMS / rows.square().mean((-2, -1), keepdim=True).sqrt())
 
 
 def orthogonalize(matrices: Float[Tensor, "matrix m n"], rounds: int = 5) -> Float[Tensor, "matrix m n"]:
-    """The nearest matrices whose singular values are all about 1 (0.7 to 1.2), by products in bfloat16 alone."""
+    """Return the nearest matrices with all singular values close to 1 (0.7 to 1.2), using only bfloat16 matmuls."""
     a, b, c = NEWTON_SCHULZ
     x = matrices.bfloat16()
     is_tall = x.shape[-2] > x.shape[-1]
-    if is_tall:  # X Xᵀ should be the smaller of the two squares
+    if is_tall:  # so that X Xᵀ is the smaller of the two Gram matrices
         x = x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(rounds):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
-
-
-def parameters_for(optimizer_class: type[torch.optim.Optimizer], model: nn.Module) -> Any:
-    """What an optimizer gets of a model: groups if it tells some parameters from others, else all of them."""
-    return optimizer_class.groups(model) if issubclass(optimizer_class, Muon) else model.parameters()

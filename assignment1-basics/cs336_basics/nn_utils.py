@@ -1,4 +1,4 @@
-"""Functions of tensors: activations, softmax, the loss and gradient clipping."""
+"""Activations, softmax, the cross-entropy loss, and gradient clipping."""
 
 from collections.abc import Iterable
 
@@ -17,40 +17,35 @@ def squared_relu(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return torch.relu(x).square()
 
 
-def softcap(x: Float[Tensor, "..."], cap: float) -> Float[Tensor, "..."]:
-    """cap · tanh(x / cap): nearly x where |x| is small against `cap`, and never beyond it (Gemma Team 2024)."""
-    return cap * torch.tanh(x / cap)
-
-
 def softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
     """exp(x) / Σ exp(x) along `dim`."""
-    exp = torch.exp(_below_zero(x, dim))
+    exp = torch.exp(_shift_to_max_0(x, dim))
     return exp / exp.sum(dim, keepdim=True)
 
 
 def log_softmax(x: Float[Tensor, "..."], dim: int = -1) -> Float[Tensor, "..."]:
-    """The logarithm of `softmax`, without taking the logarithm of a number that may have rounded to 0."""
-    shifted = _below_zero(x, dim)
+    """The logarithm of `softmax`, computed without taking the logarithm of a number that may be rounded to 0."""
+    shifted = _shift_to_max_0(x, dim)
     return shifted - shifted.exp().sum(dim, keepdim=True).log()
 
 
 def cross_entropy(inputs: Float[Tensor, "*batch vocab"], targets: Int[Tensor, "*batch"]) -> Float[Tensor, ""]:
-    """The mean of -log softmax(inputs)[target], in nats, over all leading dimensions.
+    """Return the mean of -log softmax(inputs)[target], in nats, over all leading dimensions.
 
-    Half-precision logits are summed in float32.
+    It is computed as log Σ exp(inputs) - inputs[target]. Half-precision logits are summed in float32.
     """
     if inputs.dtype in (torch.float16, torch.bfloat16):
         inputs = inputs.float()
-    shifted = _below_zero(inputs, -1)
+    shifted = _shift_to_max_0(inputs, -1)
     target_logits = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     return (shifted.exp().sum(-1).log() - target_logits).mean()
 
 
-def _below_zero(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
-    """x less its maximum, which changes no probability but keeps exp finite.
+def _shift_to_max_0(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
+    """Subtract the maximum of x, which keeps exp finite and does not change any probability.
 
-    The maximum is detached: its gradients cancel. Autograd would share them out among the entries that equal
-    it, and a compiler that recomputes x in another precision may find none, which gives 0/0.
+    The maximum is detached, because its gradients cancel. Autograd would distribute them among the entries that equal
+    it, and a compiler that recomputes x in another precision may find none, which leads to 0/0.
     """
     return x - x.detach().amax(dim, keepdim=True)
 
@@ -58,7 +53,7 @@ def _below_zero(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
 def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients, in place, so that their joint L2 norm is at most `max_norm`.
 
-    Parameters without a gradient are skipped. Nothing waits for the GPU.
+    Parameters without a gradient are skipped. The function does not wait for the GPU.
 
     Returns:
         The norm before clipping.
@@ -71,7 +66,7 @@ def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor
 
 @torch.no_grad()
 def gradient_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """The joint L2 norm of all gradients."""
+    """Return the joint L2 norm of all gradients."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
@@ -83,7 +78,7 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[Tensor], norm: Float[Tensor, ""], max_norm: float) -> None:
-    """Scale all gradients, whose joint norm is `norm`, in place, so that it becomes `max_norm` at most."""
+    """Scale all gradients, whose joint norm is `norm`, in place, so that the norm becomes at most `max_norm`."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if gradients:
         torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))

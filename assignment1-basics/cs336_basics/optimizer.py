@@ -1,10 +1,11 @@
-"""AdamW, and learning-rate schedules."""
+"""AdamW, the parameters that an optimizer gets, and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class AdamW(torch.optim.Optimizer):
@@ -16,11 +17,11 @@ class AdamW(torch.optim.Optimizer):
         θ ← θ - α √(1 - β₂ᵗ)/(1 - β₁ᵗ) · m / (√v + ε)
         θ ← θ - α λ θ
 
-    Each line is one call over all parameters at once, which is a handful of GPU kernels instead of
-    hundreds. Parameters without a gradient are left alone.
+    Each line is a call or two over all parameters at once, which launches a handful of GPU kernels instead of hundreds.
+    Parameters without a gradient are not changed.
 
     Args:
-        params: parameters, or groups of them with options of their own.
+        params: parameters, or groups of parameters with options of their own.
         lr: learning rate α.
         betas: decay rates β₁, β₂ of the two moments, in [0, 1).
         eps: ε.
@@ -62,23 +63,29 @@ class AdamW(torch.optim.Optimizer):
             state["t"] += 1
         steps = [self.state[parameter]["t"] for parameter in parameters]
         moments = [self.state[parameter]["m"] for parameter in parameters]
-        squares = [self.state[parameter]["v"] for parameter in parameters]
+        second_moments = [self.state[parameter]["v"] for parameter in parameters]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
 
         torch._foreach_lerp_(moments, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_mul_(second_moments, beta2)
+        torch._foreach_addcmul_(second_moments, gradients, gradients, 1 - beta2)
+        denominators = torch._foreach_sqrt(second_moments)
         torch._foreach_add_(denominators, eps)
         step_sizes = [-lr * math.sqrt(1 - beta2**t) / (1 - beta1**t) for t in steps]
         torch._foreach_addcdiv_(parameters, moments, denominators, step_sizes)
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
 
 
+def parameters_for(optimizer_class: type[torch.optim.Optimizer], model: nn.Module) -> Any:
+    """Return what to pass to an optimizer: the groups its class makes with `groups(model)`, or all parameters."""
+    groups = getattr(optimizer_class, "groups", None)
+    return groups(model) if groups else model.parameters()
+
+
 def get_cosine_lr(
     it: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, cosine_cycle_iters: int
 ) -> float:
-    """The learning rate at step `it`: a linear rise, half a cosine wave down, then flat (Touvron et al. 2023).
+    """Return the learning rate at step `it`: a linear rise, half a cosine wave down, then flat (Touvron et al. 2023).
 
     - it < warmup_iters: max · it / warmup_iters
     - up to cosine_cycle_iters: min + (max - min) · (1 + cos(π · progress)) / 2
@@ -95,7 +102,7 @@ def get_cosine_lr(
 def get_trapezoid_lr(
     it: int, max_learning_rate: float, min_learning_rate: float, warmup_iters: int, decay_iters: int, total_iters: int
 ) -> float:
-    """The learning rate at step `it`: a linear rise, level, then straight down (Zhai et al. 2022; Hu et al. 2024).
+    """Return the learning rate at step `it`: linear rise, constant, linear fall (Zhai et al. 2022; Hu et al. 2024).
 
     - it < warmup_iters: max · it / warmup_iters
     - up to total_iters - decay_iters: max

@@ -1,16 +1,16 @@
-"""Plots of runs, and the look of the figures in the write-ups."""
+"""Plot the losses of runs, and set the style of the figures in the write-ups."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cs336_basics.run_log import read_metrics
+from cs336_basics.run_folder import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ["#1b6ca8", "#d1495b", "#3a7d44", "#e0a030", "#6c4f8c", "#555555", "#2aa198", "#a0522d"]
+COLORS = ["#1b6ca8", "#d1495b", "#3a7d44", "#e0a030", "#6c4f8c", "#555555", "#2aa198", "#a0522d"]
 #: matplotlib's settings for figures of the write-ups.
 STYLE: dict[str, Any] = {
     "font.family": "serif",
@@ -29,7 +29,13 @@ STYLE: dict[str, Any] = {
 
 
 def panels(count: int, height: float = 2.3, rows: int = 1) -> tuple["Figure", list["Axes"]]:
-    """A figure of the write-ups' width, in inches, with so many axes side by side; several rows share scales."""
+    """Make a figure of the write-ups' width with `count` axes side by side; several rows share their scales.
+
+    Args:
+        count: number of columns.
+        height: height in inches.
+        rows: number of rows.
+    """
     import matplotlib.pyplot as plt
 
     shared = rows > 1
@@ -40,15 +46,15 @@ def panels(count: int, height: float = 2.3, rows: int = 1) -> tuple["Figure", li
 
 
 def save_figures(draw: Mapping[str, Callable[[], "Figure"]], folder: Path) -> None:
-    """Draw each figure in the write-ups' style into `<folder>/<name>.svg`, the same bytes at every call."""
+    """Draw each figure in the write-ups' style to `<folder>/<name>.svg`, with the same bytes at every call."""
     import matplotlib
     from cycler import cycler
 
-    matplotlib.use("Agg")  # files only: no display is needed
+    matplotlib.use("Agg")  # files only, so no display is needed
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}
+    style: Any = STYLE | {"axes.prop_cycle": cycler(color=COLORS)}
     with plt.rc_context(style):
         for name, draw_one in draw.items():
             figure = draw_one()
@@ -56,15 +62,15 @@ def save_figures(draw: Mapping[str, Callable[[], "Figure"]], folder: Path) -> No
             plt.close(figure)
 
 
-def plot_loss(run: Path, destination: Path) -> None:
-    """Draw training and validation loss of a run against its tokens, as PNG."""
-    import matplotlib  # here, because it takes a second that most commands need not wait for
+def plot_loss(run_dir: Path, destination: Path) -> None:
+    """Plot the training and validation loss of a run against its tokens, as PNG."""
+    import matplotlib  # only here: importing it takes a second that most commands need not wait for
 
-    matplotlib.use("Agg")  # files only: no display is needed
+    matplotlib.use("Agg")  # files only, so no display is needed
     import matplotlib.pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    records = read_metrics(run / "metrics.jsonl")
+    records = read_metrics(run_dir / "metrics.jsonl")
     training = [record for record in records if "loss" in record]
     tokens_at = {record["step"]: record["tokens"] for record in training}
     validation = [record for record in records if "valid_loss" in record]
@@ -82,7 +88,7 @@ def plot_loss(run: Path, destination: Path) -> None:
         markersize=4,
         label=f"validation (last: {validation[-1]['valid_loss']:.3f})" if validation else "validation",
     )
-    axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=run.name)
+    axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", title=run_dir.name)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,9 +1,9 @@
-"""The course's configurations, by name."""
+"""The course's configurations, by name. To add a preset, add it to `TRAIN`."""
 
 from pathlib import Path
 
-from cs336_basics.model import ModelConfig
-from cs336_basics.training import OptimizerConfig, TrainConfig
+from cs336_basics.model_config import ModelConfig
+from cs336_basics.train_config import OptimizerConfig, TrainConfig
 
 _GPT2 = {  # Radford et al. 2019, table 2; d_ff = 4 d_model as in the course
     "gpt2-small": ModelConfig(50_257, 1024, 768, 12, 12, 3072),
@@ -17,7 +17,7 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
     "tinystories-17m": (
         "the course's base model on TinyStories: 327 680 000 tokens; for a GPU",
         TrainConfig(
-            run=Path("runs/tinystories-17m"),
+            run_dir=Path("runs/tinystories-17m"),
             train_data=Path("data/tinystories/train.npy"),
             valid_data=Path("data/tinystories/valid.npy"),
             model=ModelConfig(10_000, 256, 512, 4, 16),
@@ -28,9 +28,9 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "tinystories-40m-tokens": (
-        "the same model in the low-resource setting: 40 960 000 tokens",
+        "tinystories-17m in the low-resource setting: 40 960 000 tokens",
         TrainConfig(
-            run=Path("runs/tinystories-40m-tokens"),
+            run_dir=Path("runs/tinystories-40m-tokens"),
             train_data=Path("data/tinystories/train.npy"),
             valid_data=Path("data/tinystories/valid.npy"),
             model=ModelConfig(10_000, 256, 512, 4, 16),
@@ -39,9 +39,9 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "owt": (
-        "the same model and number of steps on OpenWebText, vocabulary 32 000; for a GPU",
+        "the model and steps of tinystories-17m on OpenWebText, with a vocabulary of 32 000; for a GPU",
         TrainConfig(
-            run=Path("runs/owt"),
+            run_dir=Path("runs/owt"),
             train_data=Path("data/owt/train.npy"),
             valid_data=Path("data/owt/valid.npy"),
             model=ModelConfig(32_000, 256, 512, 4, 16),
@@ -52,9 +52,9 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
         ),
     ),
     "owt-leaderboard": (
-        "the recipe of experiments/leaderboard.py for 1.5 hours of an H100 with Assignment 2's attention",
+        "the recipe of experiments/leaderboard/ladder.py, sized for 1.5 hours on an H100 with Assignment 2's attention",
         TrainConfig(
-            run=Path("runs/owt-leaderboard"),
+            run_dir=Path("runs/owt-leaderboard"),
             train_data=Path("data/owt/train.npy"),
             valid_data=Path("data/owt/valid.npy"),
             model=ModelConfig(32_000, 512, 768, 12, 12, tie_embeddings=True, qk_norm=True),
@@ -71,9 +71,9 @@ TRAIN: dict[str, tuple[str, TrainConfig]] = {
     ),
     **{
         name: (
-            f"a model of the shape of {name.replace('gpt2-', 'GPT-2 ')} with GPT-2's vocabulary; for a large GPU",
+            f"a model shaped like {name.replace('gpt2-', 'GPT-2 ')}, with GPT-2's vocabulary; for a large GPU",
             TrainConfig(
-                run=Path("runs") / name,
+                run_dir=Path("runs") / name,
                 train_data=Path("data/owt-gpt2/train.npy"),
                 valid_data=Path("data/owt-gpt2/valid.npy"),
                 model=model,

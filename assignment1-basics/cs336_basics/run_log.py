@@ -1,52 +1,47 @@
-"""The record of a run: `config.json`, `metrics.jsonl`, and a live line in the terminal.
+"""The log of a run: `metrics.jsonl`, and a live line in the terminal.
 
-Everything is an ordinary file that can be read while the run goes on. W&B gets a copy if asked for.
+The log is an ordinary file that can be read while the run goes on. W&B gets a copy if asked for.
 """
 
 import json
-import os
-import platform
-import subprocess
-import sys
-import uuid
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cs336_basics.machine import available_cpus
+from cs336_basics.run_folder import read_metrics, start_wandb, write_atomically
+
+#: Packages whose versions are recorded with a run or a result; see `run_folder.environment`.
+PACKAGES = ("torch", "numpy", "triton")
 
 
 class RunLog:
-    """Writes the metrics of a run as they come.
+    """Write the metrics of a run as they arrive; a context manager.
 
     Args:
-        folder: the run's folder.
+        run_dir: the run folder.
         total_steps: where the progress bar ends.
-        start_step: the step that training resumes from. Metrics of later steps, which a killed run may have
-            left behind, are dropped: they come again.
+        start_step: the step that training resumes from. Metrics of later steps, which a killed run may have left
+            behind, are dropped, because those steps are run again.
         wandb_project: send the metrics to this W&B project too.
-        config: what W&B shows as the run's configuration.
+        config: the configuration that W&B shows for the run.
     """
 
     def __init__(
         self,
-        folder: Path,
+        run_dir: Path,
         total_steps: int,
         start_step: int = 0,
         wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = run_dir / "metrics.jsonl"
         kept = [record for record in read_metrics(self.path) if record["step"] <= start_step]
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
-        self._wandb = _start_wandb(wandb_project, folder, config) if wandb_project else None
+        self._wandb = start_wandb(wandb_project, run_dir, config) if wandb_project else None
         self.latest: dict[str, float] = {}
         for record in kept:
             self.latest |= record
@@ -77,7 +72,7 @@ class RunLog:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
     def write(self, records: list[dict[str, float]]) -> None:
-        """Append records, each with its "step", and show the latest."""
+        """Append records, each of which has a "step", and show the latest."""
         try:
             self._file.writelines(json.dumps(record) + "\n" for record in records)
             self._file.flush()
@@ -94,7 +89,7 @@ class RunLog:
         self._progress.update(self._task, completed=self.latest.get("step", 0), metrics=self._line())
 
     def show_line(self) -> None:
-        """Where there is no terminal to update (a log file, CI), print the state as a line of its own."""
+        """Print the state on a line of its own if there is no terminal to update, as in a log file or CI."""
         if not self.console.is_terminal:
             self.console.print(f"step {self.latest['step']:.0f}  {self._line()}", highlight=False, soft_wrap=True)
 
@@ -107,76 +102,3 @@ class RunLog:
             "mfu": "MFU {:.0%}",
         }
         return "  ".join(form.format(self.latest[key]) for key, form in shown.items() if key in self.latest)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a `metrics.jsonl`; a last line that a killed run left unfinished is passed over."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return records
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
-
-
-def environment(device: torch.device) -> dict[str, str | None]:
-    """What a reader needs to know to repeat a measurement: code, versions, machine, day."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0].removesuffix("/__main__.py")).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "numpy", "triton")},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type}, {available_cpus()} cores",
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    if commit := os.environ.get("CS336_COMMIT"):  # for a copy of the code without its .git
-        return commit
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # installed outside a checkout
-
-
-def check_wandb(project: str) -> None:
-    """Raise a ValueError if W&B is asked for but not installed."""
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            f"W&B project {project!r} was asked for, but wandb is not installed; add it with `uv pip install wandb`"
-        ) from None
-
-
-def _start_wandb(project: str, folder: Path, config: dict[str, Any] | None) -> Any:
-    check_wandb(project)
-    import wandb
-
-    kept = folder / "wandb_id.txt"  # so that a resumed run goes on in the same curve
-    if not kept.exists():
-        write_atomically(kept, uuid.uuid4().hex[:12])
-    return wandb.init(project=project, name=folder.name, id=kept.read_text(), dir=folder, config=config, resume="allow")

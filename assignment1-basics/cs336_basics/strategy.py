@@ -1,7 +1,7 @@
-"""Where and how a training step runs: the seam between the training loop and parallelism.
+"""Decide where and how a training step runs: the seam between the training loop and parallelism.
 
-The loop in `cs336_basics.training` knows a `Strategy` only. `SingleDevice` is the one of this package;
-data-parallel ones replace it without a change to the loop.
+The loop in `cs336_basics.training` knows only the protocol `Strategy`. This package has one strategy, `SingleDevice`;
+data-parallel ones can take its place without a change to the loop.
 """
 
 import os
@@ -13,48 +13,52 @@ from torch import Tensor, nn
 
 from cs336_basics.checkpoint import read_checkpoint, restore, save_checkpoint
 from cs336_basics.machine import check_driver
-from cs336_basics.muon import parameters_for
 from cs336_basics.nn_utils import clip_gradient
+from cs336_basics.optimizer import parameters_for
 
 
 @runtime_checkable
 class Strategy(Protocol):
-    """What the training loop asks of its surroundings. A process is one of `world_size`, number `rank`."""
+    """What the training loop needs from its surroundings. Each process is a rank, 0 to `world_size` - 1."""
 
     device: torch.device
     rank: int
     world_size: int
 
     def wrap_model(self, model: nn.Module) -> nn.Module:
-        """Put the model where it trains; the result is called like it."""
+        """Put the model where it trains. The result is called like the model."""
         ...
 
     def build_optimizer(
         self, model: nn.Module, optimizer_class: type[torch.optim.Optimizer], **options: Any
     ) -> torch.optim.Optimizer:
-        """An optimizer over the parameters of the wrapped model."""
+        """Build an optimizer for the parameters of the wrapped model."""
         ...
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Surrounds the forward and backward pass of a microbatch; gradients need only be exact after the last."""
+        """Surround the forward and backward pass of a microbatch. Gradients need to be complete only after the last."""
         ...
 
     def step(self, model: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:
-        """Clip, update, clear the gradients. Returns the gradient norm before clipping, without waiting for it."""
+        """Clip the gradients, update the weights and clear the gradients, without waiting for the GPU.
+
+        Returns:
+            The gradient norm before clipping.
+        """
         ...
 
     def reduce_mean(self, value: Tensor) -> Tensor:
-        """The mean of `value` over all processes."""
+        """Return the mean of `value` over all ranks."""
         ...
 
     def save(
         self, path: os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, iteration: int, **extra: Any
     ) -> None:
-        """Write a checkpoint, a file or a folder, that appears only when complete; all processes call it."""
+        """Write a checkpoint, a file or a folder that appears only when it is complete. All ranks call this."""
         ...
 
     def load(self, path: os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Restore a checkpoint; returns its iteration and what else was saved."""
+        """Restore a checkpoint, and return its iteration and its extra values."""
         ...
 
 
@@ -101,7 +105,7 @@ class SingleDevice:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one.
+    """Return the device with this name; "auto" is the GPU if there is one.
 
     Raises:
         ValueError: this machine has no such device, or its NVIDIA driver is too old for this PyTorch.

@@ -1,8 +1,8 @@
-"""Turning text into token ids and back.
+"""Turn text into token ids and back.
 
-As in training (`cs336_basics.bpe`), a word is a `str` with one character per token, whose code is the
-token's id. Text repeats itself, so nearly all time goes into looking words up: the loop over a text
-is three C functions chained together (`re.findall`, `dict.__getitem__`, `chain.from_iterable`).
+As in training (`cs336_basics.bpe`), a word is a `str` with one character per token, whose code is the token's id. Words
+repeat, so nearly all time goes into looking them up: the loop over a text is three C functions chained together
+(`re.findall`, `dict.__getitem__`, `chain.from_iterable`).
 """
 
 import heapq
@@ -18,24 +18,28 @@ from cs336_basics.bpe import Merges, Vocab
 from cs336_basics.pretokenization import CHUNK_CHARS, find_pretokens, parallel_map, safe_chunks, special_token_pattern
 from cs336_basics.vocab_files import load_merges, load_vocab, save_merges, save_vocab
 
-STREAM_CHARS = 1 << 13  # characters that `encode_iterable` holds at a time
+#: Characters that `encode_iterable` holds at a time.
+STREAM_CHARS = 1 << 13
+#: The most words whose tokens are kept.
 CACHED_WORDS = 1 << 17
+#: Longer words are merged with a heap and are not kept.
 SHORT_WORD_BYTES = 64
+#: The rank of a pair that is never merged, greater than all others.
 UNRANKED = sys.maxsize
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer; encodes as GPT-2's does, given its vocabulary and merges.
+    """A byte-level BPE tokenizer; with GPT-2's vocabulary and merges it encodes as GPT-2's tokenizer does.
 
     Args:
         vocab: token id -> bytes.
-        merges: pairs of tokens, the first learnt first.
-        special_tokens: strings that are one token each, never split; where two match, the longer wins.
-            Those that `vocab` lacks are appended to it. A special token of `vocab` that is not listed here
-            is ordinary text.
+        merges: pairs of tokens, in the order they were learned.
+        special_tokens: strings that are one token each and are never split; if two match, the longer one wins. Those
+            that are not in `vocab` are appended to it. A special token of `vocab` that is not listed here is ordinary
+            text.
 
     Raises:
-        ValueError: a merge names or makes a token that the vocabulary lacks.
+        ValueError: a merge names or makes a token that is not in the vocabulary.
 
     >>> tokenizer = Tokenizer({0: b"a", 1: b"b", 2: b"ab"}, [(b"a", b"b")], ["<|end|>"])
     >>> tokenizer.encode("abba<|end|>")
@@ -74,7 +78,7 @@ class Tokenizer:
         save_merges(self.merges, folder / "merges.txt")
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`."""
+        """Return the token ids of `text`."""
         ids: list[int] = []
         parts = self._special_pattern.split(text) if self._special_pattern else [text]
         for index, part in enumerate(parts):
@@ -85,30 +89,30 @@ class Tokenizer:
         return ids
 
     def encode_iterable(self, iterable: Iterable[str]) -> Iterator[int]:
-        """Lazily yield the token ids of the concatenated strings, in constant memory.
+        """Yield the token ids of the concatenated strings lazily, in constant memory.
 
-        The ids are those of `encode("".join(iterable))`, wherever the strings were cut.
+        The ids are those of `encode("".join(iterable))`, wherever the strings are cut.
         """
         for chunk in safe_chunks(iterable, self.special_tokens, STREAM_CHARS):
             yield from self.encode(chunk)
 
     def encode_batch(self, texts: Iterable[str], num_workers: int = 1) -> list[list[int]]:
-        """`encode` each text, in `num_workers` processes."""
+        """Encode each text, using `num_workers` processes."""
         if num_workers == 1:
             return [self.encode(text) for text in texts]
         return [ids.tolist() for ids in self.encode_parallel(texts, num_workers)]
 
     def encode_parallel(self, texts: Iterable[str], num_workers: int | None = None) -> Iterator[array]:
-        """Lazily encode texts in `num_workers` processes (default: one a core), each into an array of C ints."""
+        """Encode texts lazily in `num_workers` processes (default: one per core), each into an array of C ints."""
         for group in parallel_map(_encode_in_worker, _groups(texts), num_workers, _start_worker, (self,)):
             yield from group
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Bytes that are not UTF-8 (half a character, say) become U+FFFD."""
+        """Return the text of `ids`. Bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`."""
+        """Return the bytes of `ids`."""
         try:
             return b"".join([self.vocab[id] for id in ids])
         except KeyError as error:
@@ -122,9 +126,9 @@ class Tokenizer:
 
 
 class _WordCache(dict[str, tuple[int, ...]]):
-    """Word -> token ids, worked out when first asked for.
+    """Word -> token ids, computed when first asked for.
 
-    When `CACHED_WORDS` words are in it, it starts afresh: the frequent ones are back at once.
+    When it holds `CACHED_WORDS` words, it is cleared; the frequent ones are soon back.
     """
 
     def __init__(self, token_to_id: dict[bytes, int], merges: Merges) -> None:
@@ -136,16 +140,18 @@ class _WordCache(dict[str, tuple[int, ...]]):
             byte: chr(token_to_id[bytes([byte])]) for byte in range(256) if bytes([byte]) in token_to_id
         }
         self.pairs: list[str] = []  # by rank
-        self.joined: list[str] = []  # what the pair of that rank becomes
+        self.joined: list[str] = []  # the token that the pair of this rank becomes
         for left, right in merges:
             for token in (left, right, left + right):
                 if token not in token_to_id:
                     raise ValueError(
-                        f"merge ({left!r}, {right!r}) needs the token {token!r}, which the vocabulary lacks"
+                        f"merge ({left!r}, {right!r}) needs the token {token!r}, which is not in the vocabulary"
                     )
             self.pairs.append(chr(token_to_id[left]) + chr(token_to_id[right]))
             self.joined.append(chr(token_to_id[left + right]))
-        self.ranks = {pair: rank for rank, pair in reversed(list(enumerate(self.pairs)))}  # of twins, the first counts
+        self.ranks = {
+            pair: rank for rank, pair in reversed(list(enumerate(self.pairs)))
+        }  # of equal pairs, the first counts
 
     def __missing__(self, word: str) -> tuple[int, ...]:
         try:
@@ -162,10 +168,10 @@ class _WordCache(dict[str, tuple[int, ...]]):
         return ids
 
     def merge_short(self, word: str) -> str:
-        """Join the leftmost pair of lowest rank until no pair has a rank."""
+        """Join the leftmost pair of the lowest rank until no pair has a rank."""
         rank_of, joined = self.ranks.get, self.joined
         tokens = list(word)
-        ranks = [*map(rank_of, map(add, word, word[1:]), repeat(UNRANKED)), UNRANKED]  # of each token and the next
+        ranks = [*map(rank_of, map(add, word, word[1:]), repeat(UNRANKED)), UNRANKED]  # of each token with the next
         while (rank := min(ranks)) != UNRANKED:
             i = ranks.index(rank)
             del tokens[i], ranks[i]
@@ -177,9 +183,9 @@ class _WordCache(dict[str, tuple[int, ...]]):
         return "".join(tokens)
 
     def merge_long(self, word: str) -> str:
-        """The same in about linear time: a heap finds the rank, `str.split` all its places at once.
+        """Do the same in about linear time: a heap finds the lowest rank, `str.split` all its places at once.
 
-        That is the same for merges that were learnt, where nothing joins a token before the token is made.
+        The result is the same for learned merges, where no merge uses a token before the merge that makes it.
         """
         heap = [self.ranks[pair] for pair in set(map(add, word, word[1:])) if pair in self.ranks]
         heapq.heapify(heap)
@@ -212,7 +218,7 @@ def _encode_in_worker(texts: list[str]) -> list[array]:
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Enough texts at a time to be worth sending to another process."""
+    """Group texts so that each group is large enough to be worth sending to another process."""
     group: list[str] = []
     chars = 0
     for text in texts:

@@ -1,4 +1,5 @@
-"""What the written problems of Assignment 1 measure: a module a problem, and `sweep`, which runs models.
+"""The experiments of Assignment 1's written problems: one module per problem, and `sweep`, which trains models.
 
-Each writes `results/<problem>.json`, from which `writeup/` takes its numbers and figures.
+Each experiment writes a file to `results/`, from which `writeup/` takes its numbers and figures. `leaderboard/` holds
+the ladder and what only it needs; `benchmarks/` measures speed and compares the package with other libraries.
 """

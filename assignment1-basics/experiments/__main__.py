@@ -1,36 +1,53 @@
-"""`python -m experiments <problem>`: run the experiments of a written problem."""
+"""`python -m experiments <command>`: run the experiments of a written problem, or a benchmark."""
 
-from typing import Annotated
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
 
 from tyro.conf import subcommand
 
 from cs336_basics.command import run_command
 from experiments.accounting_tables import AccountingTables
+from experiments.benchmarks.shared_machine import SharedMachine
+from experiments.benchmarks.throughput import Throughput
+from experiments.benchmarks.tokenizer import TokenizerBenchmark
+from experiments.benchmarks.training_step import TrainingStepBenchmark
 from experiments.figures import Figures
-from experiments.leaderboard import Leaderboard
+from experiments.leaderboard.ladder import Leaderboard
 from experiments.learning_rate_tuning import LearningRateTuning
 from experiments.models import TrainModels
+from experiments.results_index import ResultsIndex
 from experiments.samples import Samples
-from experiments.throughput import Throughput
 from experiments.tokenizer_experiments import TokenizerExperiments
 from experiments.train_bpe import TrainBPE
 
-Command = (
-    Annotated[TrainBPE, subcommand("train-bpe")]
-    | Annotated[TokenizerExperiments, subcommand("tokenizer-experiments")]
-    | Annotated[LearningRateTuning, subcommand("learning-rate-tuning")]
-    | Annotated[AccountingTables, subcommand("accounting")]
-    | Annotated[Throughput, subcommand("throughput")]
-    | Annotated[TrainModels, subcommand("train-models")]
-    | Annotated[Leaderboard, subcommand("leaderboard")]
-    | Annotated[Samples, subcommand("samples")]
-    | Annotated[Figures, subcommand("figures")]
-)
+COMMANDS = {
+    "train-bpe": TrainBPE,
+    "tokenizer-experiments": TokenizerExperiments,
+    "learning-rate-tuning": LearningRateTuning,
+    "accounting": AccountingTables,
+    "throughput": Throughput,
+    "train-models": TrainModels,
+    "leaderboard": Leaderboard,
+    "samples": Samples,
+    "figures": Figures,
+    "results-index": ResultsIndex,
+    "benchmark-tokenizer": TokenizerBenchmark,
+    "benchmark-training-step": TrainingStepBenchmark,
+    "shared-machine": SharedMachine,
+}
+
+
+def main() -> None:
+    """Run a command of the command line."""
+    commands: Any = reduce(or_, [Annotated[options, subcommand(name)] for name, options in COMMANDS.items()])
+    run_command(
+        commands,
+        "experiments",
+        interrupted="finished runs are kept; the same command resumes",
+        out_of_memory="run fewer models at once with --workers",
+    )
+
 
 if __name__ == "__main__":
-    run_command(
-        Command,
-        "experiments",
-        interrupted="finished runs are kept, and the same command goes on",
-        out_of_memory="run fewer processes at once with --workers",
-    )
+    main()

@@ -1,30 +1,30 @@
-"""transformer_accounting, adamwAccounting: what GPT-2 costs, by the functions of `cs336_basics.accounting`."""
+"""transformer_accounting, adamwAccounting: what GPT-2 costs, calculated with `cs336_basics.accounting`."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cs336_basics import accounting
-from cs336_basics.model import ModelConfig
+from cs336_basics.model_config import ModelConfig
 from cs336_basics.presets import MODELS
 from experiments.results import RESULTS, write_result
 
 
 @dataclass(frozen=True)
 class AccountingTables:
-    """Parameters, FLOPs by component, and memory of training; writes accounting.json."""
+    """Calculate parameters, FLOPs by component, and memory of training for GPT-2's sizes."""
 
     context: int = 16_384
-    """The longer context of the last question."""
+    """Tokens per sequence in the question about a longer context."""
     memory_gb: float = 80.0
-    """Memory of the GPU that XL is to be trained on."""
+    """Memory of the GPU on which XL is to be trained, in GB (10^9 bytes)."""
     flops_per_second: float = 19.5e12
-    """Peak rate of the GPU: an A100's in float32."""
+    """Peak rate of the GPU in FLOP/s. Default: that of an A100 in float32."""
     out: Path = RESULTS
     """Folder of the results."""
 
     def execute(self) -> None:
-        """Calculate."""
+        """Calculate, and write accounting.json."""
         sizes = {name: model for name, model in MODELS.items() if name.startswith("gpt2")}
         xl = sizes["gpt2-xl"]
         one = accounting.training_memory(xl, 1)
@@ -49,6 +49,6 @@ def _forward(config: ModelConfig) -> dict[str, Any]:
         "parameters": parameters,
         "bytes_in_float32": 4 * parameters,
         "forward_flops": total,
-        "matmuls": {product.name: product.flops for product in accounting.matmuls(config)},
-        "shares": {product.name: product.flops / total for product in accounting.matmuls(config)},
+        "matmuls": {matmul.name: matmul.flops for matmul in accounting.matmuls(config)},
+        "shares": {matmul.name: matmul.flops / total for matmul in accounting.matmuls(config)},
     }

@@ -1,31 +1,31 @@
-"""The figures of the write-up, drawn from `results/` in one style, as SVG that is the same at every call."""
+"""Draw the figures of the write-up from `results/`, as SVG files that are the same at every call."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from typing import TYPE_CHECKING, Any
 
 from cs336_basics.plots import panels, save_figures
 from experiments.results import RESULTS, read_result
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
 class Figures:
-    """Draw all figures."""
+    """Draw the figures of the write-up."""
 
     out: Path = Path("writeup/figures")
-    """Folder of the SVG files."""
+    """Folder to write the SVG files to."""
     results: Path = RESULTS
     """Folder of the results."""
 
     def execute(self) -> None:
-        """Draw."""
+        """Draw all of them."""
         save_figures({name: partial(draw, self.results) for name, draw in FIGURES.items()}, self.out)
 
 
@@ -33,7 +33,9 @@ def _rows(problem: str, results: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in read_result(problem, results)["rows"]}
 
 
-def _curves(axes: Axes, rows: dict[str, dict[str, Any]], kind: str) -> None:
+def _curves(axes: "Axes", rows: dict[str, dict[str, Any]], kind: str) -> None:
+    from matplotlib.ticker import EngFormatter
+
     for label, row in rows.items():
         if kind == "valid_loss":
             per_step = row["config"]["batch_size"] * row["config"]["model"]["context_length"]
@@ -45,8 +47,8 @@ def _curves(axes: Axes, rows: dict[str, dict[str, Any]], kind: str) -> None:
     axes.set_xlabel("tokens")
 
 
-def token_budget(results: Path) -> Figure:
-    """Validation and training loss for four lengths of training."""
+def token_budget(results: Path) -> "Figure":
+    """Draw validation and training loss for four lengths of training."""
     figure, (valid, train) = panels(2)
     rows = _rows("token_budget", results)
     _curves(valid, rows, "valid_loss")
@@ -57,8 +59,8 @@ def token_budget(results: Path) -> Figure:
     return figure
 
 
-def learning_rate(results: Path) -> Figure:
-    """Curves of the sweep, and where they end against the learning rate."""
+def learning_rate(results: Path) -> "Figure":
+    """Draw the curves of the sweep, and the losses at their ends against the learning rate."""
     figure, (curves, ends) = panels(2)
     rows = _rows("learning_rate", results)
     finished = {name: row for name, row in rows.items() if row["status"] == "finished"}
@@ -79,8 +81,8 @@ def learning_rate(results: Path) -> Figure:
     return figure
 
 
-def ablations(results: Path) -> Figure:
-    """Validation against training loss of every run, which tells fitting from generalising."""
+def ablations(results: Path) -> "Figure":
+    """Draw the validation against the training loss of every run, which tells fitting from generalizing."""
     figure, (points, curves) = panels(2)
     rows = _rows("ablations", results)
     for kind in ("baseline", "post-norm", "NoPE", "SiLU"):
@@ -101,8 +103,8 @@ def ablations(results: Path) -> Figure:
     return figure
 
 
-def batch_size(results: Path) -> Figure:
-    """Loss against tokens and against time."""
+def batch_size(results: Path) -> "Figure":
+    """Draw the loss against tokens and against time."""
     figure, (by_tokens, by_time) = panels(2)
     rows = {name: row for name, row in _rows("batch_size_experiment", results).items() if row["steps_done"]}
     _curves(by_tokens, rows, "loss")
@@ -114,8 +116,8 @@ def batch_size(results: Path) -> Figure:
     return figure
 
 
-def main_experiment(results: Path) -> Figure:
-    """The same model on two corpora."""
+def main_experiment(results: Path) -> "Figure":
+    """Draw the losses of the same model on two corpora."""
     figure, (axes,) = panels(1)
     small, broad = _rows("token_budget", results)["1250 steps"], _rows("main_experiment", results)["lr 0.004"]
     _curves(axes, {"TinyStories, training": small, "Wikipedia, training": broad}, "loss")
@@ -125,8 +127,8 @@ def main_experiment(results: Path) -> Figure:
     return figure
 
 
-def toy_sgd(results: Path) -> Figure:
-    """Loss against the step for each learning rate."""
+def toy_sgd(results: Path) -> "Figure":
+    """Draw the loss against the step for each learning rate."""
     figure, (axes,) = panels(1, 1.9)
     for row in read_result("learning_rate_tuning", results)["rows"]:
         axes.semilogy(row["losses"], marker="o", markersize=3, label=f"{row['lr']:g}")
@@ -135,6 +137,6 @@ def toy_sgd(results: Path) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Path], Figure]] = {
+FIGURES: dict[str, Callable[[Path], "Figure"]] = {
     draw.__name__: draw for draw in (token_budget, learning_rate, ablations, batch_size, main_experiment, toy_sgd)
 }

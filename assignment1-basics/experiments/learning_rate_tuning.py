@@ -1,29 +1,29 @@
-"""learning_rate_tuning: plain SGD with the rate lr / √(t + 1) on the mean of squares of a 10 x 10 matrix."""
+"""learning_rate_tuning: plain SGD with learning rate lr / √(t + 1) on the mean square of a 10 x 10 matrix."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from experiments.results import RESULTS, write_result
 
 
 @dataclass(frozen=True)
 class LearningRateTuning:
-    """Ten steps at each learning rate, from the same weights; writes learning_rate_tuning.json."""
+    """Take a few SGD steps at each learning rate, always from the same weights."""
 
     lrs: tuple[float, ...] = (1.0, 1e1, 1e2, 1e3)
-    """Learning rates."""
+    """Learning rates to try."""
     steps: int = 10
-    """Steps of each."""
+    """Steps at each learning rate."""
     seed: int = 0
-    """Fixes the first weights."""
+    """Determines the initial weights."""
     out: Path = RESULTS
     """Folder of the results."""
 
     def execute(self) -> None:
-        """Run."""
+        """Run them, and write learning_rate_tuning.json."""
+        import torch
+
         rows = []
         for lr in self.lrs:
             torch.manual_seed(self.seed)

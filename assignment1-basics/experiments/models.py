@@ -1,8 +1,8 @@
 """The models of the written problems, and `train-models`, which trains them.
 
-The setting is that of the preset tinystories-17m but for its length. 500 steps of 128 windows are 16.4 M tokens, 6.6
-passes over 10 MB of TinyStories, where such a model generalises best (`token_budget`); who has the full data set
-takes `--steps 10000`.
+The setting is that of the preset tinystories-17m, except for its length: 500 steps of 128 sequences are 16.4 M tokens,
+6.6 passes over 10 MB of TinyStories, after which such a model generalizes best (`token_budget`). With the full data set
+use `--steps 10000`.
 """
 
 from collections.abc import Iterator
@@ -11,37 +11,37 @@ from pathlib import Path
 from typing import Any
 
 from cs336_basics.presets import TRAIN
-from cs336_basics.training import OptimizerConfig, TrainConfig
+from cs336_basics.train_config import OptimizerConfig, TrainConfig
 from experiments.results import RESULTS
 from experiments.sweep import Run, run_all
 
-#: The best of `learning_rate`'s sweep.
+#: The best learning rate of the sweep `learning_rate`.
 BEST_LR = 4e-3
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class TrainModels:
-    """Train the models of written problems; what is in the results already is not done again."""
+    """Train the models of written problems. Runs that are already in the results are not repeated."""
 
     problems: tuple[str, ...] = ()
-    """Which problems; default: all."""
+    """Problems whose models to train. Default: all."""
     tinystories: Path = Path("data/tinystories")
-    """Folder of TinyStories' train.npy and valid.npy."""
+    """Folder with train.npy and valid.npy of TinyStories."""
     broad: Path = Path("data/owt")
-    """Folder of the broad corpus' train.npy and valid.npy."""
+    """Folder with train.npy and valid.npy of the broad corpus."""
     steps: int = 500
-    """Steps of a TinyStories run of 128 windows."""
+    """Steps of a TinyStories run with 128 sequences per step."""
     broad_steps: int = 1250
     """Steps of a run on the broad corpus."""
     workers: int = 1
-    """Models that are trained side by side on one GPU."""
+    """Models to train side by side on one GPU."""
     minutes: float = 1e9
-    """Begin no model after so many."""
+    """Start no further model after this many minutes."""
     device: str = "auto"
     """cpu, cuda, or auto for a GPU if there is one."""
     runs: Path = Path("runs/experiments")
-    """Folder for the folders of the runs."""
+    """Folder to create the run folders in."""
     out: Path = RESULTS
     """Folder of the results."""
 
@@ -56,7 +56,7 @@ class TrainModels:
         run_all(runs, self.runs, self.out, self.workers, self.minutes)
 
     def base(self, preset: str = "tinystories-17m", steps: int | None = None, **changes: Any) -> TrainConfig:
-        """A preset of another length, with this machine's data."""
+        """Return a preset with another number of steps and with this machine's data."""
         data = self.tinystories if preset.startswith("tinystories") else self.broad
         steps = steps or (self.steps if preset.startswith("tinystories") else self.broad_steps)
         config = replace(
@@ -65,7 +65,7 @@ class TrainModels:
             valid_data=data / "valid.npy",
             device=self.device,
             steps=steps,
-            eval_windows=None,
+            eval_sequences=None,
             eval_every=max(1, steps // 20),
             checkpoint_every=steps,
         )
@@ -73,12 +73,12 @@ class TrainModels:
 
 
 def with_lr(config: TrainConfig, lr: float) -> TrainConfig:
-    """Another highest learning rate; the lowest is a tenth of it, and the warm-up a tenth of the steps."""
+    """Set the highest learning rate; the lowest is a tenth of it, and the warm-up takes a tenth of the steps."""
     return replace(config, optimizer=OptimizerConfig(lr, lr / 10, warmup_steps=max(1, config.steps // 10)))
 
 
 def token_budget(setting: TrainModels) -> Iterator[Run]:
-    """How often should a model read a corpus that is too small for it? Each run has a whole schedule."""
+    """Ask how often a model should read a corpus that is too small for it. Each run has a complete schedule."""
     for share in (0.25, 0.5, 1, 2.5):
         steps = round(share * setting.steps)
         config = setting.base(steps=steps)
@@ -86,15 +86,15 @@ def token_budget(setting: TrainModels) -> Iterator[Run]:
 
 
 def learning_rate(setting: TrainModels) -> Iterator[Run]:
-    """From far too small to divergence."""
+    """Sweep the learning rate from far too small to divergence."""
     for lr in (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 1e-1, 1.0):
         yield Run("learning_rate", f"lr {lr:g}", with_lr(setting.base(), lr))
 
 
 def batch_size_experiment(setting: TrainModels) -> Iterator[Run]:
-    """The same number of tokens in more or fewer steps, below 128 with a learning rate that follows the root.
+    """Spread the same tokens over more or fewer steps; below 128 the learning rate follows √batch_size.
 
-    A batch of one would take long for as many tokens; it and the batch of 8 get fewer, as their steps tell.
+    Batches of 1 and 8 would take too long for as many tokens and get fewer.
     """
     tokens = setting.steps * 128
     for batch_size in (1, 8, 32, 128, 512, 1024, 2048, 4096):
@@ -105,7 +105,7 @@ def batch_size_experiment(setting: TrainModels) -> Iterator[Run]:
 
 
 def ablations(setting: TrainModels) -> Iterator[Run]:
-    """One part of the model changed at a time: layer_norm_, pre_norm_, swiglu_ablation and no_pos_emb."""
+    """Change one part of the model at a time: layer_norm_, pre_norm_, swiglu_ablation and no_pos_emb."""
     changes: dict[str, dict[str, Any]] = {
         "baseline": {},
         "post-norm": {"norm": "post"},
@@ -125,7 +125,7 @@ def ablations(setting: TrainModels) -> Iterator[Run]:
 
 
 def main_experiment(setting: TrainModels) -> Iterator[Run]:
-    """The same model and steps on the broad corpus, at two learning rates."""
+    """Train the same model for the same steps on the broad corpus, at two learning rates."""
     for lr in (BEST_LR, BEST_LR / 4):
         yield Run("main_experiment", f"lr {lr:g}", with_lr(setting.base("owt"), lr))
 

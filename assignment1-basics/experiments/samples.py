@@ -1,12 +1,10 @@
-"""generate: what trained models write, at several temperatures and with several values of top-p."""
+"""generate: what trained models write at several temperatures and values of top-p."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from cs336_basics.corpus import END_OF_TEXT
-from cs336_basics.generation import SamplingConfig, generate
-from cs336_basics.runs import load_model, load_tokenizer
-from cs336_basics.strategy import resolve_device
+from cs336_basics.model_config import SamplingConfig
 from experiments.results import RESULTS, write_result
 
 #: Temperature and top-p; 0 is greedy.
@@ -15,23 +13,27 @@ SETTINGS = ((0.0, 1.0), (0.7, 1.0), (1.0, 1.0), (1.0, 0.9), (1.3, 1.0), (1.3, 0.
 
 @dataclass(frozen=True)
 class Samples:
-    """Write a text for every run, prompt and setting to samples.json."""
+    """Generate a text with every run at every setting."""
 
     runs: tuple[Path, ...]
-    """Folders of runs."""
+    """Run folders."""
     prompts: tuple[str, ...] = ("Once upon a time", "The history of the city")
-    """What the texts begin with: a prompt a run, in order; the last one for all further runs."""
+    """Beginnings of the texts, one per run in order; the last one is used for all further runs."""
     tokens: int = 256
-    """The longest text."""
+    """The most tokens per text."""
     seed: int = 0
-    """Fixes what is drawn."""
+    """Seed of the random choices."""
     device: str = "auto"
     """cpu, cuda, or auto for a GPU if there is one."""
     out: Path = RESULTS
     """Folder of the results."""
 
     def execute(self) -> None:
-        """Write."""
+        """Generate the texts, and write samples.json."""
+        from cs336_basics.generation import generate
+        from cs336_basics.load_run import load_model, load_tokenizer
+        from cs336_basics.strategy import resolve_device
+
         rows = []
         for number, run in enumerate(self.runs):
             prompt = self.prompts[min(number, len(self.prompts) - 1)]

@@ -1,8 +1,8 @@
-"""Training many models: side by side, resumable, and with a record of each.
+"""Train many models: side by side, resumable, and with a record of each.
 
-A `Run` that is in `results/<problem>.json` with its configuration has been done and is not done again; one that was
-interrupted goes on from its checkpoint. A run that diverges or does not fit into memory is a result too. A run against
-the clock gets as many steps as fit, and begins anew if it was interrupted.
+A `Run` whose configuration is in the results already is not repeated, and one that was interrupted resumes from its
+checkpoint. A run that diverges or does not fit into memory is a result too. A run with a time limit gets as many steps
+as fit into it, and starts again if it was interrupted.
 """
 
 import multiprocessing
@@ -14,24 +14,25 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from rich.progress import Progress, TimeElapsedColumn
+from cs336_basics.run_folder import config_to_json, differences, environment, read_metrics
+from cs336_basics.train_config import TrainConfig
+from experiments.leaderboard.config import LeaderboardConfig
+from experiments.results import read_result, result_path, write_result
 
-from cs336_basics.model import CausalAttention
-from cs336_basics.run_log import environment, read_metrics
-from cs336_basics.strategy import resolve_device
-from cs336_basics.training import TrainConfig, config_to_json, differences, train
-from experiments.results import read_result, write_result
+if TYPE_CHECKING:
+    from cs336_basics.model import CausalAttention
 
-#: Points of a curve that are kept, each the mean of the steps it stands for.
+#: The most points of a curve that are kept; each is the mean of the steps it stands for.
 POINTS = 100
-#: What a run's result does not depend on, or what is not the same on another machine.
-_NOT_COMPARED = ("run", "train_data", "valid_data", "tokenizer", "device", "keep_checkpoints", "checkpoint_every")
-#: Steps of the two runs that a run against the clock is preceded by: one compiles, one is timed.
+#: Fields that the result of a run does not depend on, or that differ between machines.
+_NOT_COMPARED = ("run_dir", "train_data", "valid_data", "tokenizer", "device", "keep_checkpoints", "checkpoint_every")
+#: Names of fields in older results -> their names today.
+_RENAMED = {"eval_windows": "eval_sequences"}
+#: Steps of the two runs before a run with a time limit: the first compiles, the second is timed.
 PROBE_STEPS = 40
-#: Share of the time that is planned for: a step may be slower than it was in the probe.
+#: Share of the time limit that is planned for, because steps may be slower than in the probe.
 PLANNED = 0.96
 
 Attention = Literal["plain", "flash"]
@@ -47,18 +48,23 @@ class Run:
     attention: Attention = "plain"
     """plain: the model's own. flash: Assignment 2's kernel."""
     seconds: float | None = None
-    """If given, the run has as many steps as fit into this time, evaluations and all, but for compilation; warm-up,
-    decay and evaluations of `config` are stretched with its steps."""
+    """Time limit. The run gets as many steps as fit into it, including evaluations but not compilation; the warm-up,
+    decay and evaluations of `config` are scaled with its steps."""
 
 
 def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minutes: float) -> None:
-    """Train what has not been trained yet, `workers` models at a time; begin none after `minutes`.
+    """Train the models that have not been trained yet.
 
     Args:
-        folder: for the folders of the runs.
-        results: where `<problem>.json` is kept, rewritten whenever a run has ended.
+        runs: the models.
+        folder: where to create the run folders.
+        results: folder of the results; a problem's file is rewritten whenever one of its runs has ended.
+        workers: models to train at a time.
+        minutes: start no further model after this many minutes.
     """
-    runs = [replace(run, config=replace(run.config, run=folder / run.problem / run.name)) for run in runs]
+    from rich.progress import Progress, TimeElapsedColumn
+
+    runs = [replace(run, config=replace(run.config, run_dir=folder / run.problem / run.name)) for run in runs]
     rows = {problem: _rows(problem, results) for problem in dict.fromkeys(run.problem for run in runs)}
     missing = [run for run in runs if not _is_done(run, rows[run.problem])]
     print(f"{len(runs)} runs, of which {len(runs) - len(missing)} are in {results}")
@@ -82,12 +88,12 @@ def run_all(runs: Iterable[Run], folder: Path, results: Path, workers: int, minu
             progress.advance(task)
     left = [run for run in runs if not _is_done(run, rows[run.problem])]
     if left:
-        print(f"not begun within {minutes:g} minutes: {', '.join(f'{run.problem}/{run.name}' for run in left)}")
+        print(f"not started within {minutes:g} minutes: {', '.join(f'{run.problem}/{run.name}' for run in left)}")
 
 
 def run_here(run: Run, folder: Path, results: Path) -> dict[str, Any]:
     """Train one model in this process, unless it is in the results, and return its row."""
-    run = replace(run, config=replace(run.config, run=folder / run.problem / run.name))
+    run = replace(run, config=replace(run.config, run_dir=folder / run.problem / run.name))
     rows = _rows(run.problem, results)
     if done := next((row for row in rows if _is_the_row(run, row)), None):
         return done
@@ -99,7 +105,7 @@ def run_here(run: Run, folder: Path, results: Path) -> dict[str, Any]:
 
 
 def stretched(config: TrainConfig, steps: int) -> TrainConfig:
-    """The configuration with another number of steps, and all that is counted in steps in proportion."""
+    """Change the number of steps, and scale everything that is counted in steps."""
 
     def scaled(number: int) -> int:
         return max(1, round(number * steps / config.steps))
@@ -112,21 +118,21 @@ def stretched(config: TrainConfig, steps: int) -> TrainConfig:
 
 
 def summary(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as it is kept with a result: what a repetition has to have in common."""
+    """Return the part of a configuration that is kept with a result, and that a repetition has to have in common."""
     return {key: value for key, value in config_to_json(config).items() if key not in _NOT_COMPARED}
 
 
 def _rows(problem: str, results: Path) -> list[dict[str, Any]]:
-    return read_result(problem, results)["rows"] if (results / f"{problem}.json").exists() else []
+    return read_result(problem, results)["rows"] if result_path(problem, results).exists() else []
 
 
 def _with(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows with another one at the end, in place of an older one of its name."""
+    """Append a row, and remove an older one with the same name."""
     return [*(other for other in rows if other["name"] != row["name"]), row]
 
 
 def _write(problem: str, rows: list[dict[str, Any]], results: Path) -> None:
-    """Write the rows; the file says on which devices they were measured, not where it was written."""
+    """Write the rows. The file names the devices they were measured on, not the one it was written on."""
     devices = ", ".join(dict.fromkeys(row["device"] for row in rows))
     write_result(problem, f"models trained for {problem}", {"device": devices, "rows": rows}, results)
 
@@ -138,24 +144,42 @@ def _is_done(run: Run, rows: list[dict[str, Any]]) -> bool:
 def _is_the_row(run: Run, row: dict[str, Any]) -> bool:
     asked = run.config if run.seconds is None else stretched(run.config, row["config"]["steps"])
     same = (row.get("attention", "plain"), row.get("seconds")) == (run.attention, run.seconds)
-    return row["name"] == run.name and same and not differences(row["config"], summary(asked))
+    stored = {_RENAMED.get(key, key): value for key, value in row["config"].items()}
+    defaults = config_to_json(type(asked)())
+    return row["name"] == run.name and same and not differences(stored, summary(asked), defaults=defaults)
+
+
+def train(config: TrainConfig, causal_attention: "CausalAttention | None" = None) -> None:
+    """Train one model, with the leaderboard's options if the configuration has them."""
+    from cs336_basics import training
+    from experiments.leaderboard import model
+
+    if isinstance(config, LeaderboardConfig):
+        model.train(config, causal_attention)
+    else:
+        training.train(config, causal_attention=causal_attention)
 
 
 def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
-    """Train one model, in a process of the pool; None if it is too late to begin."""
+    """Train one model, in a process of the pool, and return its row; None if it is too late to start."""
     if time.time() > deadline:
         return None
+    import torch
+
+    from cs336_basics.run_log import PACKAGES
+    from cs336_basics.strategy import resolve_device
+
     device = resolve_device(run.config.device)
-    torch.compiler.reset()  # a compiled model is not kept for the next one, whose shapes differ
+    torch.compiler.reset()  # the next model has other shapes, so a compiled one is not kept
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     if run.seconds is not None:
-        shutil.rmtree(run.config.run, ignore_errors=True)
-    run.config.run.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run.config.run_dir, ignore_errors=True)
+    run.config.run_dir.mkdir(parents=True, exist_ok=True)
     status, config, compile_s, began = "finished", run.config, None, time.perf_counter()
     with ExitStack() as stack:
-        log = stack.enter_context((run.config.run / "log.txt").open("a", encoding="utf-8"))
+        log = stack.enter_context((run.config.run_dir / "log.txt").open("a", encoding="utf-8"))
         stack.enter_context(redirect_stdout(log))
         stack.enter_context(redirect_stderr(log))
         try:
@@ -170,7 +194,7 @@ def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
             status = "out of memory"
     wall_s = time.perf_counter() - began
     if run.seconds is not None:
-        shutil.rmtree(config.run / "checkpoints", ignore_errors=True)
+        shutil.rmtree(config.run_dir / "checkpoints", ignore_errors=True)
         if status == "finished" and wall_s > run.seconds:
             status = "out of time"
     return {
@@ -179,48 +203,50 @@ def _train(run: Run, workers: int, deadline: float) -> dict[str, Any] | None:
         "config": summary(config),
         "attention": run.attention,
         **({} if run.seconds is None else {"seconds": run.seconds, "compile_and_probe_s": compile_s}),
-        **environment(device),
+        **environment(device, PACKAGES),
         "models_at_once": workers,
         "wall_s": round(wall_s, 1),
         "peak_GB": round(torch.cuda.max_memory_allocated(device) / 1e9, 2) if device.type == "cuda" else None,
-        **measured(read_metrics(run.config.run / "metrics.jsonl")),
+        **measured(read_metrics(run.config.run_dir / "metrics.jsonl")),
     }
 
 
-def _as_many_steps_as_fit(run: Run, seconds: float, attention: CausalAttention | None) -> TrainConfig:
-    """Compile what the run needs, time some of its steps, and give it as many as fit into `seconds`."""
-    probe = replace(stretched(run.config, PROBE_STEPS), run=run.config.run / "probe", eval_every=PROBE_STEPS)
+def _as_many_steps_as_fit(run: Run, seconds: float, attention: "CausalAttention | None") -> TrainConfig:
+    """Compile the model, time some of its steps, and give the run as many as fit into `seconds`."""
+    probe = replace(stretched(run.config, PROBE_STEPS), run_dir=run.config.run_dir / "probe", eval_every=PROBE_STEPS)
     for _ in range(2):
-        shutil.rmtree(probe.run, ignore_errors=True)
+        shutil.rmtree(probe.run_dir, ignore_errors=True)
         began = time.perf_counter()
         train(probe, causal_attention=attention)
         wall_s = time.perf_counter() - began
-    step_s = read_metrics(probe.run / "metrics.jsonl")[-2]["seconds"] / PROBE_STEPS
-    shutil.rmtree(probe.run)
+    step_s = read_metrics(probe.run_dir / "metrics.jsonl")[-2]["seconds"] / PROBE_STEPS
+    shutil.rmtree(probe.run_dir)
     around_s = wall_s - PROBE_STEPS * step_s  # the model's start, an evaluation, a checkpoint
     evaluations = run.config.steps // run.config.eval_every
     steps = int((PLANNED * seconds - evaluations * around_s) / step_s)
     if steps < PROBE_STEPS:
-        raise ValueError(f"{seconds:g} s are too short for {run.name}, whose step takes {step_s:.3f} s; give it more")
+        raise ValueError(
+            f"{seconds:g} s are too short for {run.name}, whose step takes {step_s:.3f} s; allow more time"
+        )
     return stretched(run.config, steps)
 
 
-def _attention(name: Attention) -> CausalAttention | None:
+def _attention(name: Attention) -> "CausalAttention | None":
     if name == "plain":
         return None
     try:
-        from cs336_systems.flash_attention import flash_attention
+        from cs336_systems.kernels.flash_attention import flash_attention
     except ModuleNotFoundError as error:
         if error.name != "cs336_systems":
             raise
         raise ValueError(
-            "FlashAttention is Assignment 2's, which is not installed here; put assignment2-systems on PYTHONPATH"
+            "FlashAttention is Assignment 2's, which is not installed; add assignment2-systems to PYTHONPATH"
         ) from None
     return flash_attention
 
 
 def measured(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of a run's metrics: its end, its best, its speed, and its curves at a stride."""
+    """Summarize the metrics of a run: its last and best losses, its speed, and its curves with `POINTS` points."""
     training = [record for record in records if "loss" in record]
     validation = [record for record in records if "valid_loss" in record]
     stride = -(-len(training) // POINTS) or 1
@@ -254,7 +280,7 @@ def _mean(group: list[dict[str, Any]], key: str) -> float:
 
 
 def _median(records: list[dict[str, Any]], key: str) -> float | None:
-    """None if no record has the key: the utilisation of a device whose peak is not known."""
+    """Return the median; None if no record has the key, as the utilization of a device with an unknown peak rate."""
     values = [record[key] for record in records if key in record]
     return statistics.median(values) if values else None
 

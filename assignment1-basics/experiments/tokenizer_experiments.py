@@ -1,4 +1,4 @@
-"""tokenizer_experiments: how well each tokenizer compresses each corpus, and how fast."""
+"""tokenizer_experiments: how well each tokenizer compresses each corpus, and how fast it is."""
 
 import random
 import statistics
@@ -9,11 +9,10 @@ from itertools import islice
 from pathlib import Path
 
 from cs336_basics.corpus import END_OF_TEXT
-from cs336_basics.runs import load_tokenizer
 from cs336_basics.tokenizer import Tokenizer
 from experiments.results import RESULTS, write_result
 
-#: Bytes of The Pile (Gao et al. 2020), as the course has it.
+#: Size of The Pile (Gao et al. 2020) in bytes, as given by the course.
 PILE_BYTES = 825e9
 
 
@@ -26,20 +25,22 @@ class TokenizerExperiments:
     broad: Path
     """Text of the broad corpus."""
     tokenizers: Path = Path("data/tokenizers")
-    """What `train-bpe` wrote."""
+    """Folder of the tokenizers that `train-bpe` wrote."""
     documents: int = 10
-    """Documents sampled of each corpus."""
+    """Documents to sample from each corpus."""
     samples: int = 200
-    """How often as many documents are drawn, to see how far one draw can be off."""
+    """Repeat the draw of the documents this many times, to see how much the result varies."""
     megabytes: float = 10.0
-    """Text of each corpus that the speed is measured on, on one core."""
+    """Measure the speed on this much text of each corpus, in MB (10^6 bytes), on one core."""
     seed: int = 0
-    """Fixes the draws."""
+    """Determines the draws."""
     out: Path = RESULTS
     """Folder of the results."""
 
     def execute(self) -> None:
         """Measure, and write tokenizer_experiments.json."""
+        from cs336_basics.load_run import load_tokenizer
+
         rows = []
         for corpus, path in (("tinystories", self.tinystories), ("broad", self.broad)):
             documents = list(_documents(path, int(self.megabytes * 1e6)))
@@ -72,7 +73,7 @@ class TokenizerExperiments:
 
 
 def _documents(path: Path, max_bytes: int) -> Iterator[str]:
-    """The documents at the start of a text."""
+    """Yield the documents at the start of a text."""
     with path.open(encoding="utf-8") as file:
         text = "".join(islice(iter(lambda: file.read(1 << 16), ""), -(-max_bytes >> 16)))
     yield from (document for document in text.split(END_OF_TEXT)[:-1] if document.strip())

@@ -1,10 +1,10 @@
-"""train_bpe_tinystories, train_bpe_expts_owt: two tokenizers, what they cost, and what they learned.
+"""train_bpe_tinystories, train_bpe_expts_owt: train two tokenizers, measure their cost, compare what they learned.
 
     python -m experiments train-bpe --tinystories data/tinystories/TinyStoriesV2-GPT4-train.txt \
         --broad data/owt/owt_train.txt
 
-A corpus is a text, or a table of `hex(pre-token)<TAB>count` (.tsv) where somebody has counted already. Each
-tokenizer is trained in a process of its own, so that its peak memory is its own.
+A corpus is a text, or a table of `hex(pre-token)<TAB>count` (.tsv) if its pre-tokens have been counted already. Each
+tokenizer is trained in a process of its own, so that its peak memory can be measured.
 """
 
 import multiprocessing
@@ -27,15 +27,15 @@ class TrainBPE:
     """Train both tokenizers; measure time and memory; compare what they learned."""
 
     tinystories: Path
-    """TinyStories' training text, or the counts of its pre-tokens (.tsv)."""
+    """Training text of TinyStories, or the counts of its pre-tokens (.tsv)."""
     broad: Path
-    """Training text of the broad corpus: OpenWebText, or what takes its place."""
+    """Training text of the broad corpus: OpenWebText, or a substitute."""
     tinystories_vocab: int = 10_000
-    """Tokens of the TinyStories tokenizer."""
+    """Vocabulary size of the TinyStories tokenizer."""
     broad_vocab: int = 32_000
-    """Tokens of the broad tokenizer."""
+    """Vocabulary size of the broad tokenizer."""
     tokenizers: Path = Path("data/tokenizers")
-    """Where the tokenizers go, a folder each."""
+    """Folder to write the tokenizers to, each in a folder of its own."""
     out: Path = RESULTS
     """Folder of the results."""
 
@@ -80,7 +80,7 @@ def _train(corpus: Path, size: int) -> tuple[dict[str, Any], Tokenizer]:
         "counting_s": counted - started,
         "merging_s": ended - counted,
         "peak_MB": _peak_bytes(resource.RUSAGE_SELF) / 1e6,
-        "peak_MB_before": before / 1e6,  # Python and PyTorch, imported
+        "peak_MB_before": before / 1e6,  # Python with its imports
         "peak_MB_of_a_worker": _peak_bytes(resource.RUSAGE_CHILDREN) / 1e6,
         "longest": [_shown(token) for token in _longest(set(vocab.values()) - {END_OF_TEXT.encode()}, 10)],
     }

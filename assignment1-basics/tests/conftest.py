@@ -2,7 +2,7 @@
 
 import os
 
-# The tensors here are tiny: threads would only wait for each other. Subprocesses inherit it.
+# The tensors here are so small that threads would only wait for each other. Subprocesses inherit the setting.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch

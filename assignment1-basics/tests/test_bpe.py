@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,41 +9,11 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cs336_basics.bpe import check_vocab_size, train_bpe, train_bpe_from_counts
+from cs336_basics.bpe import check_vocab_size, train_bpe, train_bpe_from_counts, train_bpe_naive
 
 PATTERN = regex.compile(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 HANDOUT = {b"low": 5, b"lower": 2, b"widest": 3, b"newest": 6}
 SPECIAL_SETS = [[], ["<|e|>"], ["<|e|>", "<|e|><|e|>"], ["aab", "ba"], ["é"], [" a", "b\n"]]
-
-
-def join_everywhere(tokens, pair):
-    joined, position = [], 0
-    while position < len(tokens):
-        if tuple(tokens[position : position + 2]) == pair:
-            joined.append(pair[0] + pair[1])
-            position += 2
-        else:
-            joined.append(tokens[position])
-            position += 1
-    return joined
-
-
-def train_by_recounting(counts, vocab_size, specials=()):
-    tokens = [*(bytes([byte]) for byte in range(256)), *(token.encode() for token in dict.fromkeys(specials))]
-    words = [([bytes([byte]) for byte in word], count) for word, count in counts.items()]
-    merges = []
-    while len(tokens) < vocab_size:
-        pair_counts = Counter()
-        for word, count in words:
-            for pair in pairwise(word):
-                pair_counts[pair] += count
-        if not pair_counts:
-            break
-        best = max(pair_counts, key=lambda pair: (pair_counts[pair], pair))
-        words = [(join_everywhere(word, best), count) for word, count in words]
-        merges.append(best)
-        tokens.append(best[0] + best[1])
-    return dict(enumerate(tokens)), merges
 
 
 def ordinary_pieces(text, specials):
@@ -98,7 +67,7 @@ def test_handout_example_gives_the_known_merges_and_stops_when_no_pair_is_left()
 
 @pytest.mark.parametrize("merge_count", range(13))
 def test_handout_example_stops_at_the_vocabulary_size(merge_count):
-    assert train_bpe_from_counts(HANDOUT, 256 + merge_count) == train_by_recounting(HANDOUT, 256 + merge_count)
+    assert train_bpe_from_counts(HANDOUT, 256 + merge_count) == train_bpe_naive(HANDOUT, 256 + merge_count)
     assert len(train_bpe_from_counts(HANDOUT, 256 + merge_count)[1]) == merge_count
 
 
@@ -125,7 +94,7 @@ def test_in_a_tie_a_token_precedes_its_own_prefix_and_bytes_are_compared_before_
 @pytest.mark.parametrize("length", range(2, 20))
 def test_runs_of_one_byte_are_joined_from_the_left_without_overlap(length):
     counts = {b"a" * length: 2, b"baa": 1}
-    assert train_bpe_from_counts(counts, 300) == train_by_recounting(counts, 300)
+    assert train_bpe_from_counts(counts, 300) == train_bpe_naive(counts, 300)
 
 
 words = st.one_of(
@@ -142,7 +111,7 @@ words = st.one_of(
 @example({b"abababab": 1, b"bababa": 1}, 60)
 def test_training_from_counts_equals_recounting(counts, merge_count):
     vocab, merges = train_bpe_from_counts(counts, 256 + merge_count)
-    assert (vocab, merges) == train_by_recounting(counts, 256 + merge_count)
+    assert (vocab, merges) == train_bpe_naive(counts, 256 + merge_count)
     assert_consistent(vocab, merges, [])
 
 
@@ -167,7 +136,7 @@ def test_training_on_a_file_equals_recounting_and_never_crosses_special_tokens(c
     vocab_size = 256 + len(specials) + merge_count
     vocab, merges = train_bpe(corpus, vocab_size, specials)
     counts = count_words(text, specials)
-    assert (vocab, merges) == train_by_recounting(counts, vocab_size, specials)
+    assert (vocab, merges) == train_bpe_naive(counts, vocab_size, specials)
     assert_consistent(vocab, merges, specials)
     for left, right in merges:
         assert any(left + right in word for word in counts)
@@ -175,7 +144,7 @@ def test_training_on_a_file_equals_recounting_and_never_crosses_special_tokens(c
 
 def test_training_on_real_text_equals_recounting(corpus, english):
     corpus.write_text(english, encoding="utf-8", newline="")
-    expected = train_by_recounting(count_words(english, ["<|e|>"]), 457, ["<|e|>"])
+    expected = train_bpe_naive(count_words(english, ["<|e|>"]), 457, ["<|e|>"])
     assert train_bpe(corpus, 457, ["<|e|>"]) == expected
 
 
@@ -241,7 +210,7 @@ def test_bytes_that_are_not_utf8_are_reported_or_replaced(corpus):
     corpus.write_bytes(b"good \xff bad")
     with pytest.raises(ValueError, match=r"offset 5\b"):
         train_bpe(corpus, 300)
-    assert train_bpe(corpus, 300, errors="replace") == train_by_recounting(count_words("good \ufffd bad"), 300)
+    assert train_bpe(corpus, 300, errors="replace") == train_bpe_naive(count_words("good \ufffd bad"), 300)
 
 
 def test_progress_reports_bytes_then_merges(corpus):

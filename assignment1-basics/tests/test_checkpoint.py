@@ -56,15 +56,15 @@ def test_a_truncated_file_is_named(tmp_path, share):
     path = tmp_path / "a.pt"
     save_checkpoint(*make(), 1, path)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(ValueError, match=r"a\.pt is damaged .*; delete it to go on from the checkpoint before it"):
+    with pytest.raises(ValueError, match=r"a\.pt is damaged .*; delete it to resume from the checkpoint before it"):
         load_checkpoint(path, *make())
 
 
 def test_files_that_are_no_checkpoint_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint .*b\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint .*b\.pt does not exist"):
         load_checkpoint(tmp_path / "b.pt", *make())
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="is no checkpoint of ours"):
+    with pytest.raises(ValueError, match="is not a checkpoint of this package"):
         load_checkpoint(tmp_path / "list.pt", *make())
 
 

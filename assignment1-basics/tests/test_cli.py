@@ -2,17 +2,20 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tyro
+from experiments import __main__ as experiments_main
 
 from cs336_basics import cli
 from cs336_basics.demo import DemoConfig, run_demo
-from cs336_basics.model import ModelConfig
+from cs336_basics.load_run import load_tokenizer
+from cs336_basics.model_config import ModelConfig
 from cs336_basics.presets import MODELS, TRAIN
-from cs336_basics.runs import load_tokenizer
 
+ROOT = Path(__file__).parent.parent
 COMMANDS = ["train-bpe", "tokenize", "train", "generate", "accounting", "demo"]
 SHAPE = ["--vocab-size", "300", "--context-length", "16", "--d-model", "16", "--num-layers", "1", "--num-heads", "2"]
 SHORT = [
@@ -105,7 +108,7 @@ def test_mistakes_are_one_sentence(text, tmp_path, capsys):
     assert "there is no token file" in fails(
         capsys, "train", "owt", "--run", tmp_path / "r", "--train-data", tmp_path / "x"
     )
-    assert "is no run" in fails(capsys, "generate", "--run", tmp_path / "nowhere")
+    assert "is not a run folder" in fails(capsys, "generate", "--run", tmp_path / "nowhere")
     assert "batch_size is 0" in fails(capsys, "accounting", "gpt2-xl", "--batch-size", 0)
     (tmp_path / "bad.txt").write_bytes(b"good" * 10 + b"\xff")
     assert "byte 0xff at offset 40" in fails(capsys, "train-bpe", tmp_path / "bad.txt", "-o", tmp_path)
@@ -123,6 +126,33 @@ def test_help_explains_every_field(command, capsys):
     for words in options:
         rest = text.split(words[0], 1)[1]
         assert any(letter.islower() for letter in rest.split("(default")[0].split("(required")[0]), words[0]
+
+
+#: Packages that take seconds to import, or that no command needs for its help.
+HEAVY = ["torch", "transformers", "sympy", "numpy", "matplotlib", "huggingface_hub", "tiktoken", "tokenizers"]
+SHOW_HELP = """
+import importlib, sys
+for program, commands in zip(["cs336_basics.__main__", "experiments.__main__", "cs336_basics.download"], sys.argv[1:]):
+    main = importlib.import_module(program).main
+    for command in ["", *commands.split(",")]:
+        sys.argv = [program, *command.split(), "--help"]
+        try:
+            main()
+        except SystemExit as ended:
+            assert ended.code == 0
+"""
+
+
+def test_help_imports_nothing_heavy():
+    commands = ",".join([*COMMANDS, *(f"train {preset}" for preset in TRAIN)])
+    program = SHOW_HELP + f"assert not (found := [name for name in {HEAVY} if name in sys.modules]), found"
+    arguments = [commands, ",".join(experiments_main.COMMANDS), ""]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--vocab-size" in done.stdout
+    assert "--out" in done.stdout
 
 
 def test_presets_are_the_courses():
@@ -150,7 +180,7 @@ def test_it_runs_as_a_module_without_wandb():
 
 
 def tiny_demo(tmp_path, **changes):
-    options = {"run": tmp_path / "demo", "steps": 4, "batch_size": 2, "model": ModelConfig(300, 16, 16, 1, 2)}
+    options = {"run_dir": tmp_path / "demo", "steps": 4, "batch_size": 2, "model": ModelConfig(300, 16, 16, 1, 2)}
     return DemoConfig(**{**options, **changes})
 
 
@@ -183,11 +213,11 @@ def test_demo_on_a_text(text, tmp_path, capsys):
 
 def test_demo_says_what_is_wrong_with_a_text(tmp_path, capsys):
     assert "there is no text" in fails(capsys, "demo", "--data", tmp_path / "absent.txt", "--run", tmp_path / "d")
-    for where in (100, -1):  # a document that ends too early or too late to divide the text there
+    for where in (100, -1):  # a document that ends too early or too late for the text to be split there
         lines = [f"line {number} of a long text\n" for number in range(1000)]
         lines.insert(where if where > 0 else len(lines), "<|endoftext|>")
         (tmp_path / "one.txt").write_text("".join(lines))
-        run_demo(tiny_demo(tmp_path, data=tmp_path / "one.txt", run=tmp_path / f"one{where}"))
+        run_demo(tiny_demo(tmp_path, data=tmp_path / "one.txt", run_dir=tmp_path / f"one{where}"))
     (tmp_path / "short.txt").write_text("too short")
     assert "is too short" in fails(capsys, "demo", "--data", tmp_path / "short.txt", "--run", tmp_path / "d")
 
@@ -196,3 +226,10 @@ def test_train_options_follow_the_preset():
     (command,) = [tyro.cli(cli.Command, args=["train", "owt", "--d-model", "256"], config=(tyro.conf.OmitArgPrefixes,))]
     assert command.config.model.vocab_size == 32_000
     assert (command.config.model.d_model, command.config.model.ffn_width) == (256, 704)
+
+
+def test_options_keep_their_older_names():
+    words = ["train", "owt", "--run", "a", "--eval-windows", "3", "--optimizer", "muon"]
+    (command,) = [tyro.cli(cli.Command, args=words, config=(tyro.conf.OmitArgPrefixes,))]
+    config = command.config
+    assert (str(config.run_dir), config.eval_sequences, config.optimizer.name) == ("a", 3, "muon")

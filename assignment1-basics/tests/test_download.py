@@ -1,4 +1,4 @@
-"""Downloads, from a hub of our own on this machine that breaks off once."""
+"""Downloads from a local hub that breaks off once."""
 
 import gzip
 import hashlib
@@ -105,5 +105,7 @@ def test_openwebtext_is_unpacked(hub, tmp_path):
 
 def test_no_network_is_one_sentence(tmp_path):
     result = fetch("http://127.0.0.1:9", "tinystories", tmp_path)
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith("cs336-basics: cannot fetch TinyStoriesV2-GPT4-train.txt")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(
+        "cs336_basics.download: cannot download TinyStoriesV2-GPT4-train.txt"
+    )

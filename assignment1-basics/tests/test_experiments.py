@@ -7,21 +7,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from experiments import leaderboard, models, sweep, throughput
+from experiments import models, results_index, sweep
 from experiments.accounting_tables import AccountingTables
+from experiments.benchmarks import throughput
 from experiments.learning_rate_tuning import LearningRateTuning
-from experiments.models import BEST_LR
-from experiments.results import read_result, write_result
+from experiments.results import FOLDERS, RESULTS, read_result, result_path, write_result
 from experiments.samples import SETTINGS, Samples
 from experiments.sweep import Run, measured, run_all, run_here
 from experiments.tokenizer_experiments import TokenizerExperiments
 from experiments.train_bpe import TrainBPE
 
 from cs336_basics.data import write_tokens
-from cs336_basics.model import ModelConfig
+from cs336_basics.model_config import ModelConfig
 from cs336_basics.presets import TRAIN
 from cs336_basics.tokenizer import Tokenizer
-from cs336_basics.training import OptimizerConfig, TrainConfig, train
+from cs336_basics.train_config import OptimizerConfig, TrainConfig
+from cs336_basics.training import train
 
 TINY = ModelConfig(50, 8, 16, 1, 2, 16)
 
@@ -55,7 +56,7 @@ def test_runs_are_recorded_and_not_done_twice(config, tmp_path, capsys):
     assert rows[0]["steps_done"] == 6
     assert rows[0]["valid_curve"]["step"] == [3, 6]
     assert rows[1]["status"].startswith("diverged")
-    assert not {"run", "train_data"} & {*rows[0]["config"]}  # paths of this machine
+    assert not {"run_dir", "train_data"} & {*rows[0]["config"]}  # paths of this machine
 
     before = (tmp_path / "problem.json").read_text()
     run_all(runs, tmp_path / "runs", tmp_path, workers=1, minutes=5)
@@ -84,7 +85,7 @@ def test_curves_take_one_line_and_nothing_else_changes(tmp_path):
 def test_nothing_begins_after_the_deadline(config, tmp_path, capsys):
     run_all([Run("problem", "late", config)], tmp_path / "runs", tmp_path, workers=1, minutes=-1)
     assert not (tmp_path / "problem.json").exists()
-    assert "not begun within -1 minutes: problem/late" in capsys.readouterr().out
+    assert "not started within -1 minutes: problem/late" in capsys.readouterr().out
 
 
 def test_what_is_kept_of_a_curve():
@@ -111,45 +112,6 @@ def test_every_run_of_the_problems_is_distinct():
         assert {run.problem for run in runs} == {name}
         assert len({run.name for run in runs}) == len(runs) >= 2
         assert len({json.dumps(sweep.summary(run.config)) for run in runs}) == len(runs)
-
-
-def test_leaderboard_keeps_what_helps_and_goes_on(data, tmp_path, monkeypatch, capsys):
-    tiny = replace(TRAIN["owt"][1], model=TINY, compile=False, precision="float32", batch_size=8)
-    monkeypatch.setitem(models.TRAIN, "owt", ("tiny", tiny))
-    ladder = {
-        "rate of zero": {"lr x": 0.0},
-        "wider": {"model.d_model": 32},
-        "half the batch, growing": {"batch_size x": 0.5, "start_batch_size x": 0.5},
-        "as it is": {"model.norm": "pre"},
-    }
-    monkeypatch.setattr(leaderboard, "LADDER", ladder)
-    monkeypatch.setattr(leaderboard, "FINALS", {"larger": {"model.num_layers": 2}})
-    losses = {"baseline": 3.0, "rate of zero": 2.998, "wider": 2.9, "half the batch, growing": 3.0}
-    real = leaderboard.run_here
-
-    def with_that_loss(run, *where):
-        return {**real(run, *where), "valid_loss": losses.get(run.name), "status": "finished"}
-
-    monkeypatch.setattr(leaderboard, "run_here", with_that_loss)
-    # As many steps on every machine: the clock has a test of its own.
-    monkeypatch.setattr(sweep, "_as_many_steps_as_fit", lambda run, *_: sweep.stretched(run.config, sweep.PROBE_STEPS))
-    setting = leaderboard.Leaderboard(data, 1.5, 1.5, device="cpu", runs=tmp_path / "runs", out=tmp_path)
-    setting.execute()
-    rows = {row["name"]: row for row in read_result("leaderboard", tmp_path)["rows"]}
-    assert [*rows] == [*losses]  # what changes nothing is not run
-    assert "kept: wider" in capsys.readouterr().out
-    assert rows["wider"]["config"]["optimizer"]["lr"] == BEST_LR
-    last = rows["half the batch, growing"]["config"]
-    assert (last["model"]["d_model"], last["batch_size"], last["start_batch_size"]) == (32, 4, 2)
-    assert all(row["steps_done"] == row["config"]["steps"] == sweep.PROBE_STEPS for row in rows.values())
-
-    before = (tmp_path / "leaderboard.json").read_text()
-    replace(setting, finals=("larger", "baseline")).execute()
-    assert (tmp_path / "leaderboard.json").read_text() == before
-    finals = read_result("leaderboard_finals", tmp_path)["rows"]
-    assert [row["config"]["model"]["d_model"] for row in finals] == [32, 16]
-    with pytest.raises(ValueError, match="no final 'best'; there are baseline, larger"):
-        replace(setting, finals=("best",))
 
 
 def test_a_run_against_the_clock(config, tmp_path):
@@ -211,7 +173,7 @@ def test_throughput_on_a_cpu(data, tmp_path, monkeypatch):
 def test_samples(data, tmp_path, config):
     Tokenizer({i: bytes([97 + i]) for i in range(26)} | {26 + i: bytes([65 + i]) for i in range(23)}
               | {49: b"<|endoftext|>"}, [], ["<|endoftext|>"]).save(tmp_path / "tokenizer")  # fmt: skip
-    train(replace(config, run=tmp_path / "problem" / "run", tokenizer=tmp_path / "tokenizer"))
+    train(replace(config, run_dir=tmp_path / "problem" / "run", tokenizer=tmp_path / "tokenizer"))
     Samples((tmp_path / "problem" / "run",), ("abc",), tokens=5, device="cpu", out=tmp_path).execute()
     rows = read_result("samples", tmp_path)["rows"]
     assert [(row["temperature"], row["top_p"]) for row in rows] == [*SETTINGS]
@@ -246,7 +208,7 @@ def test_as_many_steps_as_fit(config, monkeypatch):
     """By hand: 40 steps take 20 s, all else 2 s an evaluation; 96 % of 300 s are 288, and 5 evaluations leave 278."""
     clock = iter([0.0, 500.0, 1000.0, 1022.0])  # the first probe compiles
     monkeypatch.setattr(sweep, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(sweep, "train", lambda probe, **_: probe.run.mkdir(parents=True))
+    monkeypatch.setattr(sweep, "train", lambda probe, **_: probe.run_dir.mkdir(parents=True))
     monkeypatch.setattr(sweep, "read_metrics", lambda _: [{"seconds": 20.0}, {"valid_loss": 1.0}])
     config = replace(config, steps=100, eval_every=20, optimizer=OptimizerConfig(warmup_steps=10, decay_steps=50))
     fitted = sweep._as_many_steps_as_fit(Run("problem", "clock", config, seconds=300.0), 300.0, None)
@@ -265,3 +227,15 @@ def test_a_run_against_the_clock_that_is_late_or_fails(config, tmp_path, monkeyp
     row = run_here(Run("problem", "wild", wild, seconds=100.0), tmp_path / "runs", tmp_path)
     assert row["status"].startswith("diverged")
     assert json.loads((tmp_path / "problem.json").read_text())["device"] == row["device"]
+
+
+def test_the_index_of_results_is_up_to_date_and_every_file_is_cited():
+    if not (results_index.PACKAGE / results_index.OTHER_DOCUMENTS[0]).exists():
+        pytest.skip("the package is used outside its repository, whose README is part of the index")
+    hint = "run `python -m experiments results-index`"
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == results_index.index(), hint
+    assert "nowhere" not in results_index.index()
+    assert {path.stem for path in results_index.files() if path.suffix == ".json"} == {
+        name for names in FOLDERS.values() for name in names
+    }
+    assert all(path.suffix != ".json" or path == result_path(path.stem) for path in results_index.files())

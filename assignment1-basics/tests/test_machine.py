@@ -126,7 +126,9 @@ def test_setup_warns_of_an_old_driver(monkeypatch, capsys):
     monkeypatch.setattr(machine, "cuda_version_of_driver", lambda: (12, 4))
     machine.main()
     printed = capsys.readouterr().err
-    assert printed.startswith("warning: the NVIDIA driver") and "TORCH=" in printed and printed.count("\n") == 1
+    assert printed.startswith("warning: the NVIDIA driver")
+    assert "TORCH=" in printed
+    assert printed.count("\n") == 1
 
 
 def test_the_driver_of_this_machine():

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from cs336_basics.checkpoint import read_checkpoint, restore, save_checkpoint
-from cs336_basics.model import BasicsTransformerLM, ModelConfig
-from cs336_basics.muon import Muon, NorMuon, orthogonalize, parameters_for
-from cs336_basics.optimizer import AdamW
+from cs336_basics.model import BasicsTransformerLM
+from cs336_basics.model_config import ModelConfig
+from cs336_basics.muon import Muon, NorMuon, orthogonalize
+from cs336_basics.optimizer import AdamW, parameters_for
 
 SHAPES = [(8, 8), (16, 40), (40, 16), (16, 40), (1, 5), (7, 1)]
-CONFIG = ModelConfig(31, 8, 16, 2, 2, 24, qk_norm=True, value_embeddings=1)
+CONFIG = ModelConfig(31, 8, 16, 2, 2, 24, qk_norm=True)
 
 
 def matrices(seed=0):
@@ -138,7 +139,7 @@ def test_state_survives_a_checkpoint(cls, tmp_path):
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match=r"momentum 1\.0 must lie in"):
         Muon(matrices(), momentum=1.0)
-    with pytest.raises(ValueError, match=r"a parameter of shape \(3,\) is no matrix: leave it to AdamW"):
+    with pytest.raises(ValueError, match=r"a parameter of shape \(3,\) is not a matrix; leave it to AdamW"):
         Muon([{"params": [nn.Parameter(torch.ones(3))], "matrices": True}])
     with pytest.raises(ValueError, match="lr -1"):
         NorMuon(matrices(), lr=-1)

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from cs336_basics.plots import plot_loss
-from cs336_basics.run_log import RunLog, read_metrics
+from cs336_basics.run_folder import read_metrics
+from cs336_basics.run_log import RunLog
 
 
 def test_records_are_lines_that_anyone_can_read(tmp_path, capsys):
@@ -51,5 +52,5 @@ def test_wandb_gets_a_copy_when_asked(tmp_path, monkeypatch):
 
 def test_wandb_missing_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="W&B project 'p' was asked for, but wandb is not installed; add it with"):
+    with pytest.raises(ValueError, match="--wandb-project is 'p', but wandb is not installed; add it with"):
         RunLog(tmp_path, 2, wandb_project="p")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -16,12 +15,16 @@ import torch
 from torch.nn import functional as F
 
 from cs336_basics import training
-from cs336_basics.checkpoint import read_checkpoint
-from cs336_basics.model import BasicsTransformerLM, ModelConfig
+from cs336_basics.checkpoint import checkpoints, read_checkpoint
+from cs336_basics.data import batch_starts
+from cs336_basics.model import BasicsTransformerLM
+from cs336_basics.model_config import ModelConfig
 from cs336_basics.optimizer import AdamW
-from cs336_basics.run_log import RunLog, read_metrics
+from cs336_basics.run_folder import read_metrics
+from cs336_basics.run_log import RunLog
 from cs336_basics.strategy import SingleDevice, resolve_device
-from cs336_basics.training import OptimizerConfig, TrainConfig, batch_starts, checkpoints, evaluate, train
+from cs336_basics.train_config import OPTIMIZERS, OptimizerConfig, TrainConfig, read_model_config
+from cs336_basics.training import evaluate, train
 
 MODEL = ModelConfig(vocab_size=20, context_length=8, d_model=16, num_layers=1, num_heads=2)
 
@@ -39,9 +42,9 @@ def data(tmp_path_factory):
 @pytest.fixture
 def config(data, tmp_path):
     return TrainConfig(
-        run=tmp_path / "run", train_data=data / "train.npy", valid_data=data / "valid.npy", model=MODEL,
+        run_dir=tmp_path / "run", train_data=data / "train.npy", valid_data=data / "valid.npy", model=MODEL,
         optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5), steps=24, batch_size=4, device="cpu",
-        log_every=3, eval_every=8, checkpoint_every=6, eval_windows=None,
+        log_every=3, eval_every=8, checkpoint_every=6, eval_sequences=None,
     )  # fmt: skip
 
 
@@ -54,15 +57,15 @@ def losses(run):
 def test_it_learns(config):
     latest = train(dataclasses.replace(config, steps=150, batch_size=16))
     assert latest["valid_loss"] < 1.0 < np.log(20)  # the best there is, the entropy of a step, is 0.33
-    records = read_metrics(config.run / "metrics.jsonl")
+    records = read_metrics(config.run_dir / "metrics.jsonl")
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 151))
     assert [r["step"] for r in records if "valid_loss" in r] == [*range(8, 151, 8), 150]
     assert {"loss", "lr", "grad_norm", "tokens", "seconds", "tokens_per_second"} <= records[0].keys()
-    stored = json.loads((config.run / "config.json").read_text())
+    stored = json.loads((config.run_dir / "config.json").read_text())
     assert stored["config"]["model"]["d_model"] == 16
     assert stored["environment"]["torch"] == torch.__version__.split("+")[0]
-    assert training.read_model_config(config.run) == MODEL
-    assert [path.name for path in checkpoints(config.run)] == ["step_00000144.pt", "step_00000150.pt"]
+    assert read_model_config(config.run_dir) == MODEL
+    assert [path.name for path in checkpoints(config.run_dir)] == ["step_00000144.pt", "step_00000150.pt"]
 
 
 def test_first_steps_equal_a_loop_written_out_with_torch(config, data):
@@ -71,7 +74,7 @@ def test_first_steps_equal_a_loop_written_out_with_torch(config, data):
     model = BasicsTransformerLM.from_config(MODEL)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     tokens = torch.from_numpy(np.load(data / "train.npy").astype(np.int64))
-    for record in [r for r in read_metrics(config.run / "metrics.jsonl") if "loss" in r]:
+    for record in [r for r in read_metrics(config.run_dir / "metrics.jsonl") if "loss" in r]:
         starts = batch_starts(len(tokens), 8, 4, 0, record["step"])
         x = torch.stack([tokens[s : s + 8] for s in starts])
         y = torch.stack([tokens[s + 1 : s + 9] for s in starts])
@@ -90,14 +93,14 @@ def test_first_steps_equal_a_loop_written_out_with_torch(config, data):
 
 def test_microbatches_give_the_same_training(config, tmp_path):
     whole = train(dataclasses.replace(config, batch_size=8))
-    split = train(dataclasses.replace(config, batch_size=8, microbatches=4, run=tmp_path / "split"))
+    split = train(dataclasses.replace(config, batch_size=8, microbatches=4, run_dir=tmp_path / "split"))
     for key in ("loss", "grad_norm", "valid_loss"):
         assert split[key] == pytest.approx(whole[key], rel=1e-3)
 
 
 def test_bfloat16_trains_like_float32(config, tmp_path):
     exact = train(config)
-    half = train(dataclasses.replace(config, precision="bfloat16", run=tmp_path / "half"))
+    half = train(dataclasses.replace(config, precision="bfloat16", run_dir=tmp_path / "half"))
     assert half["loss"] == pytest.approx(exact["loss"], rel=0.03)
     assert half["loss"] != exact["loss"]
     state = read_checkpoint(checkpoints(tmp_path / "half")[-1])
@@ -105,7 +108,7 @@ def test_bfloat16_trains_like_float32(config, tmp_path):
 
 
 def test_a_stopped_run_resumes_bit_for_bit(config, tmp_path, monkeypatch):
-    train(dataclasses.replace(config, run=tmp_path / "straight"))
+    train(dataclasses.replace(config, run_dir=tmp_path / "straight"))
 
     class PowerCutError(Exception):
         pass
@@ -121,11 +124,11 @@ def test_a_stopped_run_resumes_bit_for_bit(config, tmp_path, monkeypatch):
     with pytest.raises(PowerCutError):
         train(config)
     monkeypatch.undo()
-    with open(config.run / "metrics.jsonl", "a") as file:
+    with open(config.run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 13, "loss": 0.0}\n{"step": 14, "lo')  # what a killed process may leave
     train(config)
-    assert losses(config.run) == losses(tmp_path / "straight")
-    ours, straight = (read_checkpoint(checkpoints(run)[-1]) for run in (config.run, tmp_path / "straight"))
+    assert losses(config.run_dir) == losses(tmp_path / "straight")
+    ours, straight = (read_checkpoint(checkpoints(run)[-1]) for run in (config.run_dir, tmp_path / "straight"))
     for name, tensor in straight["model"].items():
         assert torch.equal(tensor, ours["model"][name]), name
 
@@ -134,8 +137,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from cs336_basics import checkpoint
-from cs336_basics.model import ModelConfig
-from cs336_basics.training import OptimizerConfig, TrainConfig, train
+from cs336_basics.model_config import ModelConfig
+from cs336_basics.train_config import OptimizerConfig, TrainConfig
+from cs336_basics.training import train
 
 moment, data, run = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
@@ -165,31 +169,31 @@ if moment == "while writing":
 elif moment == "before the rename":
     checkpoint.os.fsync = kill_at_call(3, os.fsync)  # a checkpoint takes two: of the file and its folder
 elif moment == "after the rename":
-    checkpoint._sync_folder = kill_at_call(2, checkpoint._sync_folder)
+    checkpoint.sync = kill_at_call(2, checkpoint.sync)
 train(TrainConfig(
-    run=run, train_data=data / "train.npy", valid_data=data / "valid.npy",
+    run_dir=run, train_data=data / "train.npy", valid_data=data / "valid.npy",
     model=ModelConfig(vocab_size=20, context_length=8, d_model=16, num_layers=1, num_heads=2),
     optimizer=OptimizerConfig(lr=1e-2, warmup_steps=5), steps=24, batch_size=4, device="cpu",
-    log_every=3, eval_every=8, checkpoint_every=6, eval_windows=None,
+    log_every=3, eval_every=8, checkpoint_every=6, eval_sequences=None,
 ))
 """
 
 
 @pytest.mark.parametrize("moment", ["while writing", "before the rename", "after the rename"])
 def test_kill_minus_nine_at_any_moment(config, data, tmp_path, moment):
-    command = [sys.executable, "-c", KILLED, moment, data, config.run]
+    command = [sys.executable, "-c", KILLED, moment, data, config.run_dir]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -9
-    unfinished = list((config.run / "checkpoints").glob("*.tmp"))
+    unfinished = list((config.run_dir / "checkpoints").glob("*.tmp"))
     assert bool(unfinished) == (moment != "after the rename")
     train(config)
-    train(dataclasses.replace(config, run=tmp_path / "straight"))
-    assert losses(config.run) == losses(tmp_path / "straight")
-    assert not list((config.run / "checkpoints").glob("*.tmp"))
+    train(dataclasses.replace(config, run_dir=tmp_path / "straight"))
+    assert losses(config.run_dir) == losses(tmp_path / "straight")
+    assert not list((config.run_dir / "checkpoints").glob("*.tmp"))
 
 
 def test_ctrl_c_saves_first(config, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
-    train(dataclasses.replace(config, run=tmp_path / "straight"))
+    train(dataclasses.replace(config, run_dir=tmp_path / "straight"))
     original = AdamW.step
     steps = []
 
@@ -202,18 +206,19 @@ def test_ctrl_c_saves_first(config, tmp_path, monkeypatch):
     monkeypatch.setattr(AdamW, "step", step)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    assert checkpoints(config.run)[-1].name == "step_00000010.pt"
+    assert checkpoints(config.run_dir)[-1].name == "step_00000010.pt"
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     train(config)
-    assert losses(config.run) == losses(tmp_path / "straight")
+    assert losses(config.run_dir) == losses(tmp_path / "straight")
 
 
 def test_a_complete_run_is_left_alone(config):
     train(config)
-    before = (config.run / "metrics.jsonl").read_bytes(), checkpoints(config.run)[-1].stat().st_mtime_ns
+    metrics = config.run_dir / "metrics.jsonl"
+    before = metrics.read_bytes(), checkpoints(config.run_dir)[-1].stat().st_mtime_ns
     latest = train(config)
-    assert ((config.run / "metrics.jsonl").read_bytes(), checkpoints(config.run)[-1].stat().st_mtime_ns) == before
+    assert (metrics.read_bytes(), checkpoints(config.run_dir)[-1].stat().st_mtime_ns) == before
     assert latest["step"] == 24
     assert "valid_loss" in latest
 
@@ -227,25 +232,25 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(config, tmp_path, monkeypat
         train(config)
     monkeypatch.undo()
     train(config)
-    train(dataclasses.replace(config, run=tmp_path / "straight"))
-    assert losses(config.run) == losses(tmp_path / "straight")
+    train(dataclasses.replace(config, run_dir=tmp_path / "straight"))
+    assert losses(config.run_dir) == losses(tmp_path / "straight")
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_takes_over_when_it_is_gone(config, tmp_path):
-    train(dataclasses.replace(config, run=tmp_path / "straight"))
+    train(dataclasses.replace(config, run_dir=tmp_path / "straight"))
     train(config)
-    newest = checkpoints(config.run)[-1]
+    newest = checkpoints(config.run_dir)[-1]
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"is damaged .*; delete it to go on from the checkpoint before it"):
+    with pytest.raises(ValueError, match=r"is damaged .*; delete it to resume from the checkpoint before it"):
         train(config)
     newest.unlink()
     train(config)
-    assert losses(config.run) == losses(tmp_path / "straight")
+    assert losses(config.run_dir) == losses(tmp_path / "straight")
 
 
 def test_another_configuration_does_not_resume(config):
     train(config)
-    with pytest.raises(ValueError, match=r"another configuration \(batch_size was 4, now 8; seed was 0, now 1\)"):
+    with pytest.raises(ValueError, match=r"a different configuration \(batch_size was 4, now 8; seed was 0, now 1\)"):
         train(dataclasses.replace(config, batch_size=8, seed=1))
     train(dataclasses.replace(config, log_every=5, keep_checkpoints=1))
     other = dataclasses.replace(config.optimizer, lr=0.5)
@@ -256,23 +261,38 @@ def test_another_configuration_does_not_resume(config):
 def test_a_run_from_before_an_option_existed_resumes(config):
     """An option that the stored configuration does not name had its default."""
     straight = train(config)
-    stored = json.loads((config.run / "config.json").read_text())
+    stored = json.loads((config.run_dir / "config.json").read_text())
     del stored["config"]["model"]["qk_norm"]
-    (config.run / "config.json").write_text(json.dumps(stored))
+    (config.run_dir / "config.json").write_text(json.dumps(stored))
     assert train(config)["loss"] == straight["loss"]
     with pytest.raises(ValueError, match=r"\(model.qk_norm was False, now True\)"):
         train(dataclasses.replace(config, model=dataclasses.replace(config.model, qk_norm=True)))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"tie_embeddings": True, "qk_norm": True, "ffn": "relu2", "logit_softcap": 15.0}, {"value_embeddings": 1}],
-)
+def test_a_run_folder_with_older_names_and_removed_options_that_are_off_resumes(config):
+    straight = train(config)
+    path = config.run_dir / "config.json"
+    stored = json.loads(path.read_text())
+    old = stored["config"]
+    old |= {"run": old.pop("run_dir"), "eval_windows": old.pop("eval_sequences")}
+    old |= {"start_batch_size": None, "start_context": None}
+    old["model"] |= {"logit_softcap": None, "value_embeddings": 0}
+    path.write_text(json.dumps(stored))
+    assert train(config)["loss"] == straight["loss"]
+    assert read_model_config(config.run_dir) == MODEL
+    old["model"]["value_embeddings"] = 1
+    path.write_text(json.dumps(stored))
+    for load in (lambda: train(config), lambda: read_model_config(config.run_dir)):
+        with pytest.raises(ValueError, match="was trained with value_embeddings 1, which only experiments/leaderboard"):
+            load()
+
+
+@pytest.mark.parametrize("changes", [{"tie_embeddings": True, "qk_norm": True, "ffn": "relu2"}])
 def test_other_models_train_and_resume(config, tmp_path, changes):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
-    straight = train(dataclasses.replace(config, run=tmp_path / "straight"))
+    straight = train(dataclasses.replace(config, run_dir=tmp_path / "straight"))
     train(config)
-    checkpoints(config.run)[-1].unlink()
+    checkpoints(config.run_dir)[-1].unlink()
     assert train(config)["loss"] == straight["loss"]
 
 
@@ -280,76 +300,15 @@ def test_other_models_train_and_resume(config, tmp_path, changes):
 def test_other_optimizers_train_and_resume(config, tmp_path, name):
     options = dataclasses.replace(config.optimizer, name=name, decay_steps=10, min_lr=0.0)
     config = dataclasses.replace(config, optimizer=options)
-    straight = train(dataclasses.replace(config, run=tmp_path / "straight"))
+    straight = train(dataclasses.replace(config, run_dir=tmp_path / "straight"))
     train(config)
-    checkpoints(config.run)[-1].unlink()
+    checkpoints(config.run_dir)[-1].unlink()
     assert train(config)["loss"] == straight["loss"]
-    rates = [record["lr"] for record in read_metrics(config.run / "metrics.jsonl") if "lr" in record]
+    rates = [record["lr"] for record in read_metrics(config.run_dir / "metrics.jsonl") if "lr" in record]
     assert rates[4:15] == [1e-2] * 10 + [pytest.approx(0.9e-2)]
     assert rates[-1] == 0
-    longer = train(dataclasses.replace(config, run=tmp_path / "long", steps=150, batch_size=16))
+    longer = train(dataclasses.replace(config, run_dir=tmp_path / "long", steps=150, batch_size=16))
     assert longer["valid_loss"] < 1.0
-
-
-def test_growth_of_batch_and_context(config, tmp_path):
-    grows = dataclasses.replace(config, start_batch_size=1, start_context=2, microbatches=1)
-    windows = [grows.windows(step) for step in range(1, 25)]
-    assert windows == [(4, 2)] * 8 + [(4, 4)] * 8 + [(4, 8)] * 8  # the batch doubles when the context does
-    assert [dataclasses.replace(grows, start_context=None).windows(step) for step in (1, 8, 9, 16, 17, 24)] == [
-        (1, 8), (1, 8), (2, 8), (2, 8), (4, 8), (4, 8),
-    ]  # fmt: skip
-    batches = []
-    real = training.windows_at
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "windows_at", lambda *a: batches.append(real(*a)[0].shape) or real(*a))
-        patch.setattr(training, "evaluate", lambda *_: 0.0)
-        train(grows)
-    assert [tuple(shape) for shape in batches] == windows
-    records = [record for record in read_metrics(grows.run / "metrics.jsonl") if "tokens" in record]
-    assert [record["tokens"] for record in records] == np.cumsum([a * b for a, b in windows]).tolist()
-
-    straight = train(dataclasses.replace(grows, run=tmp_path / "straight"))
-    for path in checkpoints(grows.run):
-        path.unlink()
-    train(grows)
-    checkpoints(grows.run)[-1].unlink()
-    assert train(grows)["loss"] == straight["loss"]
-    assert straight["tokens"] == records[-1]["tokens"]
-    for changes, message in (
-        ({"start_batch_size": 3}, "start_batch_size is 3, but must be 4 halved some times"),
-        ({"start_context": 16}, "start_context is 16, but must be 8 halved"),
-        ({"start_batch_size": 1, "microbatches": 2}, "start_batch_size 1 does not split into 2 microbatches"),
-        (
-            {"optimizer": dataclasses.replace(config.optimizer, decay_steps=21)},
-            "warmup_steps 5 and decay_steps 21 do not fit into 24 steps; lower them, too",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            dataclasses.replace(config, **changes)
-
-
-COUNT_COMPILED = """
-import functools, pickle, sys, torch
-from cs336_basics.training import train
-
-calls = []
-def counting(graph, _):
-    return lambda *arguments: calls.append(graph) or graph(*arguments)
-
-torch.compile = functools.partial(torch.compile, backend=counting)
-train(pickle.loads(bytes.fromhex(sys.argv[1])))
-print("compiled", len({*calls}), len(calls))
-"""
-
-
-def test_every_shape_of_a_growing_batch_is_compiled(config):
-    """Beyond its limit torch.compile leaves code as it is, and says so in a log only."""
-    grows = dataclasses.replace(config, batch_size=512, start_batch_size=1, compile=True, steps=20, eval_every=20)
-    command = [sys.executable, "-c", COUNT_COMPILED, pickle.dumps(grows).hex()]  # here annotations are checked, too
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    graphs, calls = map(int, output.split("compiled ")[1].split())
-    assert graphs >= 2 * 10  # the model and the loss, for batches of 1 to 512
-    assert calls >= 2 * 20  # in each step
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(config):
@@ -357,17 +316,17 @@ def test_a_run_that_failed_before_its_first_checkpoint_can_be_corrected(config):
     with pytest.raises(FloatingPointError):
         train(dataclasses.replace(config, optimizer=diverges))
     train(config)
-    assert json.loads((config.run / "config.json").read_text())["config"]["optimizer"]["lr"] == 0.01
+    assert json.loads((config.run_dir / "config.json").read_text())["config"]["optimizer"]["lr"] == 0.01
 
 
 def test_a_damaged_configuration_is_named(config):
     train(config)
     for text in ("{", "{}", '{"config": {"model": 3}}'):
-        (config.run / "config.json").write_text(text)
+        (config.run_dir / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config\.json is damaged"):
             train(config)
         with pytest.raises(ValueError, match=r"config\.json is damaged"):
-            training.read_model_config(config.run)
+            read_model_config(config.run_dir)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +356,7 @@ def test_impossible_configurations_are_refused(config):
     for change in (
         {"steps": 0},
         {"batch_size": 4, "microbatches": 3},
-        {"eval_windows": 0},
+        {"eval_sequences": 0},
         {"log_every": 0},
         {"seed": -1},
     ):
@@ -405,12 +364,29 @@ def test_impossible_configurations_are_refused(config):
             dataclasses.replace(config, **change)
 
 
+def test_an_optimizer_is_its_line_in_the_table(monkeypatch):
+    for name, choice in OPTIMIZERS.items():
+        options = OptimizerConfig(name=name, momentum=0.7)
+        optimizer = options.optimizer_class()([torch.nn.Parameter(torch.ones(2, 2))], **options.options())
+        assert isinstance(optimizer, AdamW)
+        assert all(optimizer.param_groups[0][option] == 0.7 for option in choice.more_options)
+    monkeypatch.delitem(OPTIMIZERS, "muon")
+    with pytest.raises(ValueError, match="optimizer 'muon' is unknown; choose one of adamw, normuon"):
+        OptimizerConfig(name="muon")
+
+
+def test_a_schedule_longer_than_the_run_is_refused(config):
+    message = "warmup_steps 5 and decay_steps 21 do not fit into 24 steps; lower them too"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, decay_steps=21))
+
+
 def test_divergence_stops_the_run(config):
     options = dataclasses.replace(config.optimizer, lr=1e30, warmup_steps=0)
     with pytest.raises(FloatingPointError, match=r"diverged at step \d+: the loss is .* lower the learning rate"):
         train(dataclasses.replace(config, optimizer=options, steps=200, checkpoint_every=500, log_every=100))
-    assert all(np.isfinite(record["loss"]) for record in read_metrics(config.run / "metrics.jsonl"))
-    assert read_metrics(config.run / "metrics.jsonl")[0]["step"] == 1
+    assert all(np.isfinite(record["loss"]) for record in read_metrics(config.run_dir / "metrics.jsonl"))
+    assert read_metrics(config.run_dir / "metrics.jsonl")[0]["step"] == 1
 
 
 def test_the_tokenizer_travels_with_the_run(config, data, tmp_path):
@@ -418,25 +394,25 @@ def test_the_tokenizer_travels_with_the_run(config, data, tmp_path):
 
     Tokenizer({i: bytes([65 + i]) for i in range(20)}, []).save(tmp_path / "tokenizer")
     train(dataclasses.replace(config, tokenizer=tmp_path / "tokenizer"))
-    assert (config.run / "vocab.json").read_bytes() == (tmp_path / "tokenizer" / "vocab.json").read_bytes()
+    assert (config.run_dir / "vocab.json").read_bytes() == (tmp_path / "tokenizer" / "vocab.json").read_bytes()
     Tokenizer({i: bytes([65 + i]) for i in range(21)}, []).save(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="has 21 tokens, but the model's vocab_size is 20"):
-        train(dataclasses.replace(config, run=tmp_path / "other", tokenizer=tmp_path / "tokenizer"))
+        train(dataclasses.replace(config, run_dir=tmp_path / "other", tokenizer=tmp_path / "tokenizer"))
     shutil.rmtree(tmp_path / "tokenizer")
     with pytest.raises(FileNotFoundError, match=r"vocab\.json; name the folder"):
-        train(dataclasses.replace(config, run=tmp_path / "other", tokenizer=tmp_path / "tokenizer"))
+        train(dataclasses.replace(config, run_dir=tmp_path / "other", tokenizer=tmp_path / "tokenizer"))
 
 
-def test_evaluation_is_the_mean_over_all_windows(data):
+def test_evaluation_is_the_mean_over_all_sequences(data):
     torch.manual_seed(0)
     model = BasicsTransformerLM.from_config(MODEL)
-    tokens = np.load(data / "valid.npy")[:75]  # 9 windows, and two tokens over
+    tokens = np.load(data / "valid.npy")[:75]  # 9 sequences, and two tokens left over
     x = torch.from_numpy(tokens[:72].astype(np.int64)).reshape(9, 8)
     y = torch.from_numpy(tokens[1:73].astype(np.int64)).reshape(9, 8)
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item()
     for batch_size in (1, 4, 9, 100):
         assert evaluate(model, tokens, 8, batch_size) == pytest.approx(expected, rel=1e-5)
-    for world_size in (2, 5, 20):  # processes that see nothing take part all the same, and count for nothing
+    for world_size in (2, 5, 20):  # ranks without sequences take part in every forward pass, but do not count
         forwards, shares = [], []
         for rank in range(world_size):
             calls = []
@@ -449,11 +425,11 @@ def test_evaluation_is_the_mean_over_all_windows(data):
         assert sum(shares) == pytest.approx(expected, rel=1e-5)
         assert len(set(forwards)) == 1
     first = F.cross_entropy(model(x[:5]).flatten(0, 1), y[:5].flatten()).item()
-    assert evaluate(model, tokens, 8, 2, max_windows=5) == pytest.approx(first, rel=1e-5)
+    assert evaluate(model, tokens, 8, 2, max_sequences=5) == pytest.approx(first, rel=1e-5)
 
 
-def test_processes_share_the_batch_of_a_step(config):
-    """Two ranks, run one after the other: their windows are those of a single process, without overlap."""
+def test_ranks_share_the_batch_of_a_step(config):
+    """Two ranks, run one after the other: their sequences are those of a single rank, without overlap."""
 
     class Half(SingleDevice):
         world_size = 2
@@ -468,21 +444,21 @@ def test_processes_share_the_batch_of_a_step(config):
             yield
 
     seen = {}
-    original = training.windows_at
+    original = training.sequences_at
     for rank in (0, 1):
         starts = seen[rank] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                training, "windows_at", lambda d, s, c, v, starts=starts: starts.append(s) or original(d, s, c, v)
+                training, "sequences_at", lambda d, s, c, v, starts=starts: starts.append(s) or original(d, s, c, v)
             )
             patch.setattr(training, "evaluate", lambda *_: 0.0)
-            train(dataclasses.replace(config, steps=2, microbatches=2, run=config.run / str(rank)), Half(rank))
+            train(dataclasses.replace(config, steps=2, microbatches=2, run_dir=config.run_dir / str(rank)), Half(rank))
     for step in (1, 2):
         parts = [seen[rank][2 * step - 2 : 2 * step] for rank in (0, 1)]
         mine, theirs = (np.concatenate(part) for part in parts)
         together = np.stack((mine, theirs), axis=1).ravel()
         assert together.tolist() == batch_starts(2000, 8, 4, 0, step).tolist()
-    with pytest.raises(ValueError, match="does not split evenly over 2 processes"):
+    with pytest.raises(ValueError, match="does not split evenly over 2 ranks"):
         train(dataclasses.replace(config, batch_size=3), Half(0))
 
 

@@ -1,4 +1,4 @@
-"""The program `cs336-systems`, or `python -m cs336_systems`."""
+"""The program `cs336-systems`, also run as `python -m cs336_systems`."""
 
 from cs336_basics.machine import share_cores
 
@@ -6,7 +6,7 @@ from cs336_basics.machine import share_cores
 def main() -> None:
     """Run the command line."""
     share_cores()
-    from cs336_systems import cli  # and with it torch, whose threads share_cores is about
+    from cs336_systems import cli  # only now: its commands import torch, whose threads `share_cores` configures
 
     cli.main()
 

@@ -1,58 +1,48 @@
-"""The command line: `cs336-systems <command>`, or `python -m cs336_systems <command>`."""
+"""The command line: `cs336-systems <command>`, or `python -m cs336_systems <command>`.
+
+A command is a dataclass of options with a method `execute`, which imports what the command needs. So `--help` imports
+neither torch nor triton.
+"""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Union
 
 import tyro
 
 from cs336_basics.command import run_command
-from cs336_systems.accounting import Accounting
-from cs336_systems.bench_allreduce import BenchAllreduce
-from cs336_systems.bench_attention import BenchAttention
-from cs336_systems.bench_ddp import BenchDdp
-from cs336_systems.bench_flash import BenchFlash
-from cs336_systems.bench_fsdp import BenchFsdp
-from cs336_systems.bench_sharding import BenchSharding
-from cs336_systems.bench_step import BenchStep
-from cs336_systems.bucket_model import FitBuckets
-from cs336_systems.checkpointing import Checkpointing
-from cs336_systems.leaderboard import Leaderboard2025
-from cs336_systems.leaderboard_2026 import Leaderboard2026
-from cs336_systems.memory import Memory
-from cs336_systems.mixed_precision import MixedPrecision
-from cs336_systems.profiling import Profile
-from cs336_systems.scaling import Scaling
-from cs336_systems.train import Consolidate, Train
+from cs336_systems.instruments.options import many_gpus, on_paper, one_gpu
+from cs336_systems.training import options
 
-Command = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Consolidate, tyro.conf.subcommand("consolidate")]
-    | Annotated[BenchStep, tyro.conf.subcommand("bench-step")]
-    | Annotated[Profile, tyro.conf.subcommand("profile")]
-    | Annotated[Memory, tyro.conf.subcommand("memory")]
-    | Annotated[Checkpointing, tyro.conf.subcommand("checkpointing")]
-    | Annotated[MixedPrecision, tyro.conf.subcommand("mixed-precision")]
-    | Annotated[BenchAttention, tyro.conf.subcommand("bench-attention")]
-    | Annotated[BenchFlash, tyro.conf.subcommand("bench-flash")]
-    | Annotated[Leaderboard2025, tyro.conf.subcommand("leaderboard-2025")]
-    | Annotated[Leaderboard2026, tyro.conf.subcommand("leaderboard-2026")]
-    | Annotated[BenchAllreduce, tyro.conf.subcommand("bench-allreduce")]
-    | Annotated[BenchDdp, tyro.conf.subcommand("bench-ddp")]
-    | Annotated[BenchSharding, tyro.conf.subcommand("bench-sharding")]
-    | Annotated[BenchFsdp, tyro.conf.subcommand("bench-fsdp")]
-    | Annotated[Scaling, tyro.conf.subcommand("scaling")]
-    | Annotated[Accounting, tyro.conf.subcommand("accounting")]
-    | Annotated[FitBuckets, tyro.conf.subcommand("fit-buckets")]
-)
+COMMANDS: dict[str, type] = {
+    "train": options.Train,
+    "consolidate": options.Consolidate,
+    "bench-step": one_gpu.BenchStep,
+    "profile": one_gpu.Profile,
+    "memory": one_gpu.Memory,
+    "checkpointing": one_gpu.Checkpointing,
+    "mixed-precision": one_gpu.MixedPrecision,
+    "bench-attention": one_gpu.BenchAttention,
+    "bench-flash": one_gpu.BenchFlash,
+    "leaderboard-2025": one_gpu.Leaderboard2025,
+    "leaderboard-2026": many_gpus.Leaderboard2026,
+    "bench-allreduce": many_gpus.BenchAllreduce,
+    "bench-ddp": many_gpus.BenchDdp,
+    "bench-sharding": many_gpus.BenchSharding,
+    "bench-fsdp": many_gpus.BenchFsdp,
+    "scaling": many_gpus.Scaling,
+    "accounting": on_paper.Accounting,
+    "fit-buckets": on_paper.FitBuckets,
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run a command; what a user got wrong is one line and exit status 2."""
+    """Run a command. A user's mistake is reported in one line, with exit status 2."""
+    commands = [Annotated[config, tyro.conf.subcommand(name)] for name, config in COMMANDS.items()]
     run_command(
-        Command,
+        Union[tuple(commands)],  # noqa: UP007 (made of a table)
         "cs336-systems",
         args,
-        interrupted="rows measured so far are in the folder that --out names; train goes on from its last checkpoint",
+        interrupted="rows measured so far are in the folder given by --out; train continues from its last checkpoint",
         out_of_memory="choose a smaller model, batch or sequence",
     )
 

@@ -1,4 +1,4 @@
-"""The same with submitit (`uv pip install submitit`), which writes the batch script and requeues what was preempted.
+"""Submit training to Slurm with submitit (`uv pip install submitit`), which also requeues preempted jobs.
 
 python examples/submit_train.py --nodes 2 --gpus 8 -- --strategy fsdp gpt2-xl --run runs/xl
 """
@@ -10,7 +10,7 @@ import sys
 
 
 class Training:
-    """What runs on each machine; submitit calls `checkpoint` when the job is preempted, and submits what it returns."""
+    """The job of each machine. When it is preempted, submitit calls `checkpoint` and submits the result."""
 
     def __init__(self, gpus: int, arguments: list[str]) -> None:
         self.gpus, self.arguments = gpus, arguments
@@ -37,12 +37,14 @@ class Training:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nodes", type=int, default=1, help="machines")
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs of each")
-    parser.add_argument("--hours", type=float, default=24, help="time limit")
+    parser.add_argument("--nodes", type=int, default=1, help="number of machines")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs per machine")
+    parser.add_argument("--hours", type=float, default=24, help="time limit in hours")
     parser.add_argument("--partition", default=None, help="Slurm partition")
-    parser.add_argument("arguments", nargs="+", help="of cs336-systems train, after --")
-    parser.add_argument("--cluster", default=None, help="slurm, or local for a try here. Default: what is there")
+    parser.add_argument("arguments", nargs="+", help="arguments of cs336-systems train, after --")
+    parser.add_argument(
+        "--cluster", default=None, help="slurm, or local to try it on this machine. Default: slurm if it is installed"
+    )
     options = parser.parse_args()
 
     import submitit

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from cs336_systems.flash_attention import FlashAttentionPyTorch, FlashAttentionTriton
+from cs336_systems.kernels.flash_attention import FlashAttentionPyTorch, FlashAttentionTriton
 from cs336_systems.parallel import FSDP, BucketedDataParallel, OverlappedDataParallel, ShardedOptimizer
 
 

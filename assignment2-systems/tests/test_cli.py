@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cs336_systems import cli
-from cs336_systems.mixed_precision import MixedPrecision
+from cs336_systems.instruments.options.one_gpu import MixedPrecision
 
 COMMANDS = [
     "train",

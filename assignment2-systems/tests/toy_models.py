@@ -13,8 +13,8 @@ from cs336_basics.model import BasicsTransformerLM, Linear
 from cs336_basics.nn_utils import cross_entropy
 from cs336_basics.optimizer import AdamW
 from cs336_systems.parallel import FSDP
-from cs336_systems.parallel.base import DataParallel
-from cs336_systems.parallel.process_group import Process
+from cs336_systems.parallel.data_parallel import DataParallel
+from cs336_systems.parallel.process_group import Rank
 
 
 class Toy(nn.Module):
@@ -93,9 +93,9 @@ def train_alone(problem: Problem, make_optimizer: MakeOptimizer) -> list[dict[st
 
 
 def train_together(
-    process: Process, problem: Problem, wrap: Callable[[nn.Module], DataParallel], make_optimizer: MakeOptimizer
+    process: Rank, problem: Problem, wrap: Callable[[nn.Module], DataParallel], make_optimizer: MakeOptimizer
 ) -> list[dict[str, Tensor]]:
-    """The same with every process on its own rows. Only process 0 knows the weights to start from."""
+    """The same with every rank on its own rows. Only rank 0 knows the weights to start from."""
     model = wrap(spoiled(process, problem.model))
     optimizer = make_optimizer(model.parameters())
     history = []
@@ -108,7 +108,7 @@ def train_together(
     return history
 
 
-def spoiled(process: Process, model: nn.Module) -> nn.Module:
+def spoiled(process: Rank, model: nn.Module) -> nn.Module:
     """A copy, with other numbers in all processes but the first."""
     model = copy.deepcopy(model)
     if process.rank:
@@ -118,7 +118,7 @@ def spoiled(process: Process, model: nn.Module) -> nn.Module:
     return model
 
 
-def part(process: Process, rows: Tensor) -> Tensor:
+def part(process: Rank, rows: Tensor) -> Tensor:
     """This process's share of the rows of a batch."""
     return rows.chunk(process.world_size)[process.rank]
 

@@ -1,23 +1,23 @@
-"""Data parallelism out of collectives: from one all-reduce a gradient to fully sharded weights.
+"""Data parallelism from collectives: from one all-reduce per gradient to fully sharded weights.
 
-NaiveDataParallel           naive.py              one all-reduce a gradient, after the backward pass
-FlatDataParallel            flat.py               one all-reduce of everything, after the backward pass
-OverlappedDataParallel      overlapped.py         one all-reduce a gradient, during the backward pass
-BucketedDataParallel        bucketed.py           one all-reduce a bucket, during the backward pass
-ShardedOptimizer            sharded_optimizer.py  each process updates a share of the parameters
-FSDP                        fsdp.py, unit.py      each process keeps a share of weights, gradients and optimizer state
+NaiveDataParallel           data_parallel.py             one all-reduce per gradient, after the backward pass
+FlatDataParallel            data_parallel.py             one all-reduce of everything, after the backward pass
+OverlappedDataParallel      overlapped.py                one all-reduce per gradient, during the backward pass
+BucketedDataParallel        overlapped.py                one all-reduce per bucket, during the backward pass
+ShardedOptimizer            sharded_optimizer.py         each rank updates a share of the parameters
+FSDP                        fsdp.py, fsdp_unit.py        each rank keeps a share of weights, gradients and state
+fully_shard_blocks          torch_fsdp2.py               the same by PyTorch's FSDP2, to compare with
 """
 
-from cs336_systems.parallel.bucketed import BucketedDataParallel
-from cs336_systems.parallel.flat import FlatDataParallel
+from cs336_systems.parallel.data_parallel import DataParallel, FlatDataParallel, NaiveDataParallel
 from cs336_systems.parallel.fsdp import FSDP
-from cs336_systems.parallel.naive import NaiveDataParallel
-from cs336_systems.parallel.overlapped import OverlappedDataParallel
+from cs336_systems.parallel.overlapped import BucketedDataParallel, OverlappedDataParallel
 from cs336_systems.parallel.sharded_optimizer import ShardedOptimizer
 
 __all__ = [
     "FSDP",
     "BucketedDataParallel",
+    "DataParallel",
     "FlatDataParallel",
     "NaiveDataParallel",
     "OverlappedDataParallel",

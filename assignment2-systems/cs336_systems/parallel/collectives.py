@@ -1,15 +1,15 @@
 """The collectives that data parallelism is made of, each started in the background.
 
-A collective returns something to `wait()` for. With NCCL that makes the GPU's current stream wait, and the host goes
-on; with gloo the host waits. Every process of a group must start the same collectives in the same order.
+Each returns an object with a method `wait()`. With NCCL it makes the GPU's current stream wait, and the host continues;
+with gloo the host waits. Every rank of a group must start the same collectives in the same order.
 
-NCCL reads and writes tensors where they lie, on the GPU. Several of gloo's collectives accept no GPU tensors, so all of
+NCCL reads and writes tensors in place, on the GPU. Several of gloo's collectives do not accept GPU tensors, so all of
 them get copies in host memory (`_buffers`), and the results are copied back at `wait()`.
 """
 
 from collections.abc import Iterable
 from itertools import repeat
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -25,21 +25,22 @@ from torch.distributed.distributed_c10d import _coalescing_manager  # what FSDP2
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-#: A group of processes; None is all of them.
+#: A group of ranks; None is all of them.
 Group = dist.ProcessGroup | None
+T = TypeVar("T")
 
 
 @runtime_checkable
-class Pending(Protocol):
-    """A collective under way."""
+class Work(Protocol):
+    """A collective in progress."""
 
     def wait(self) -> object: ...
 
 
 class AllReduceMean:
-    """Replace tensors of one dtype, in place, by their means over the processes. Valid after `wait()`.
+    """Replace tensors of one dtype, in place, by their means over the ranks. The result is valid after `wait()`.
 
-    They travel in one message, from where they lie: NCCL takes a list of them in one kernel, without a copy.
+    They are sent in one message without being copied together: NCCL takes a list of tensors in one kernel.
     """
 
     def __init__(self, tensors: list[Tensor], group: Group = None) -> None:
@@ -58,7 +59,7 @@ class AllReduceMean:
 
 
 class ReduceScatterMean:
-    """Average a 1-D tensor over the processes and keep one share of it: process r the r-th of equal parts."""
+    """Average a 1-D tensor over the ranks and keep one share of it: rank r keeps the r-th of equal parts."""
 
     def __init__(self, tensor: Tensor, group: Group = None) -> None:
         self._device = tensor.device
@@ -68,24 +69,24 @@ class ReduceScatterMean:
         self._work = _reduce_scatter(self._share, self._buffer, operation, group, async_op=True)
 
     def wait(self, dtype: torch.dtype) -> Tensor:
-        """[numel / world_size] The share, as `dtype`."""
+        """Return this rank's share [numel / world_size], cast to `dtype`."""
         self._work.wait()
         share = self._share.to(self._device, dtype)
         return share.div_(self._divisor) if self._divisor != 1 else share
 
 
-def _all_reduce(tensors: list[Tensor], operation: dist.ReduceOp.RedOpType, group: Group) -> Pending:
-    """Reduce tensors of one dtype in one message. (PyTorch's function for this warns that it will change its name.)"""
+def _all_reduce(tensors: list[Tensor], operation: dist.ReduceOp.RedOpType, group: Group) -> Work:
+    """Reduce tensors of one dtype in one message. (PyTorch's public function for this warns of a new name.)"""
     options = dist.AllreduceCoalescedOptions()
     options.reduceOp = dist.ReduceOp(operation)
     options.asyncOp = True
     group = group or dist.group.WORLD
-    assert group is not None, "join the processes first: init_process_group"
+    assert group is not None, "no process group: call init_process_group first"
     return group.allreduce_coalesced(tensors, options)
 
 
 class AllGather:
-    """Lay the shares of all processes end to end in `output`, 1-D and contiguous. Valid after `wait()`."""
+    """Put the shares of all ranks end to end into `output`, 1-D and contiguous. Valid after `wait()`."""
 
     def __init__(self, output: Tensor, share: Tensor, group: Group = None) -> None:
         self._output = output
@@ -99,7 +100,7 @@ class AllGather:
 
 
 def all_reduce_sum(tensor: Tensor, group: Group = None) -> None:
-    """Replace a tensor by its sum over the processes."""
+    """Replace a tensor by its sum over the ranks."""
     (buffer,) = _buffers([tensor], group)
     _all_reduce([buffer], dist.ReduceOp.SUM, group).wait()
     if buffer is not tensor:
@@ -107,9 +108,9 @@ def all_reduce_sum(tensor: Tensor, group: Group = None) -> None:
 
 
 def broadcast(tensors: Iterable[Tensor], sources: Iterable[int] = repeat(0), group: Group = None) -> None:
-    """Give every process the values that process `source` of the group has, for each tensor and its source.
+    """Give every rank the values that rank `source` of the group has, for each tensor and its source.
 
-    With NCCL they travel in one message, in which those of different sources use their links at the same time.
+    With NCCL all tensors are sent in one message, in which different sources use their links at the same time.
     """
     pairs = list(zip(tensors, sources))
     if not pairs:
@@ -129,38 +130,44 @@ def broadcast(tensors: Iterable[Tensor], sources: Iterable[int] = repeat(0), gro
 
 
 def _buffers(tensors: list[Tensor], group: Group) -> list[Tensor]:
-    """The memory that a message is sent from and received in: the tensors' own if they are contiguous, else copies.
+    """Memory to send from and receive into: that of the tensors if they are contiguous, otherwise copies.
 
-    With gloo the copies of GPU tensors are in host memory, for which this waits until the GPU has computed them.
+    With gloo, GPU tensors are copied to host memory, which waits until the GPU has computed them.
     """
     if tensors[0].is_cuda and dist.get_backend(group) == dist.Backend.GLOO:
         return [tensor.cpu() for tensor in tensors]
     return [tensor.contiguous() for tensor in tensors]
 
 
-def check_same_everywhere(lines: list[str], what: str, group: Group = None) -> None:
-    """Compare a description, line by line, with process 0's.
+def all_gather_objects(mine: T, group: Group = None) -> list[T]:
+    """Collect an object from every rank; every rank gets the list, ordered by rank."""
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def check_same_on_all_ranks(lines: list[str], what: str, group: Group = None) -> None:
+    """Compare a description, line by line, with rank 0's.
 
     Raises:
-        ValueError: on every process, if any of them differs; it names the processes and the first difference.
+        ValueError: on every rank, if any of them differs; it names the ranks and the first difference.
     """
-    theirs: list[list[str] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(theirs, lines, group=group)
-    first = theirs[0] or []
-    different = [rank for rank, other in enumerate(theirs) if other != first]
+    all_lines = all_gather_objects(lines, group)
+    first = all_lines[0]
+    different = [rank for rank, other in enumerate(all_lines) if other != first]
     if not different:
         return
-    other = theirs[different[0]] or []
+    other = all_lines[different[0]]
     position = next((i for i, (a, b) in enumerate(zip(first, other)) if a != b), min(len(first), len(other)))
-    ours, others = (lines[position] if position < len(lines) else "nothing" for lines in (first, other))
+    expected, found = (lines[position] if position < len(lines) else "nothing" for lines in (first, other))
     raise ValueError(
-        f"the processes have different {what}: process 0 has {ours}, process {different[0]} has {others} "
-        f"(differing from process 0: {', '.join(map(str, different))}); start all of them with the same options"
+        f"the ranks have different {what}: rank 0 has {expected}, rank {different[0]} has {found} "
+        f"(differing from rank 0: {', '.join(map(str, different))}); start all of them with the same options"
     )
 
 
 def describe(module: nn.Module) -> list[str]:
-    """A line for each parameter and buffer: name, shape, dtype and whether it is trained."""
+    """Describe a module in one line per parameter and buffer: name, shape, dtype, and whether it is frozen."""
     parameters = [
         f"parameter {name} {tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
         for name, p in module.named_parameters()
@@ -169,18 +176,18 @@ def describe(module: nn.Module) -> list[str]:
 
 
 def _mean(group: Group) -> tuple[dist.ReduceOp.RedOpType, int]:
-    """The reduction that gives a mean, and what its result is still to be divided by: only NCCL has a mean."""
+    """Choose the reduction for a mean, and the number to divide its result by: only NCCL can average."""
     if dist.get_backend(group) == dist.Backend.NCCL:
         return dist.ReduceOp.AVG, 1
     return dist.ReduceOp.SUM, dist.get_world_size(group)
 
 
 def flatten(tensors: list[Tensor]) -> Tensor:
-    """[sum of numels]: the tensors, which have one dtype, end to end, in memory of their own."""
+    """Copy tensors of one dtype end to end into a new 1-D tensor, [sum of numels]."""
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient of a parameter that has one."""
+    """Return the gradient of a parameter that has one."""
     assert parameter.grad is not None
     return parameter.grad

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: each process keeps a share of every weight, whole ones only while in use."""
+"""Fully sharded data parallelism: each rank keeps a share of every weight, and full weights only while in use."""
 
 import weakref
 from collections.abc import Iterator
@@ -13,42 +13,47 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cs336_basics.model import Embedding, Linear
 from cs336_basics.nn_utils import gradient_norm, scale_gradients
-from cs336_systems.parallel.collectives import Group, all_reduce_sum, check_same_everywhere
-from cs336_systems.parallel.flat import FlatDataParallel
-from cs336_systems.parallel.unit import ShardRange, Slot, Unit
+from cs336_systems.parallel.collectives import Group, all_reduce_sum, check_same_on_all_ranks
+from cs336_systems.parallel.data_parallel import FlatDataParallel
+from cs336_systems.parallel.fsdp_unit import FSDPUnit, ShardRange, Slot
 
 
 class FSDP(FlatDataParallel):
-    """ZeRO stage 3 (Rajbhandari et al. 2020, Zhao et al. 2023): one all-gather and one reduce-scatter a unit.
+    """ZeRO stage 3 (Rajbhandari et al. 2020, Zhao et al. 2023): one all-gather and one reduce-scatter per unit.
 
-    The weights of `Linear` and `Embedding` are sharded. Those inside a module of one of `unit_classes` make a unit and
-    travel and live together. Other parameters, those of norms, are small: every process keeps them, and their
-    gradients are averaged at the end.
+    The weights of `Linear` and `Embedding` are sharded. Those inside a module of one of `unit_classes` form a unit and
+    are unsharded and resharded together. Other parameters, those of norms, are small: every rank keeps them, and their
+    gradients are averaged at the end. Time goes to the right:
 
-        forward pass     gather unit i, begin to gather i+1, run i, free i
-        backward pass    gather unit i, begin to gather i-1, run i, free i, begin to reduce-scatter its gradients
+        forward    communicate | unshard 0 | unshard 1 | unshard 2 |
+                   compute                 | unit 0    | unit 1    | unit 2 |
+                   reshard                             ^ 0         ^ 1        (the last unit stays unsharded)
+
+        backward   communicate | unshard 1 | unshard 0; reduce-scatter 2 | reduce-scatter 1 | reduce-scatter 0 |
+                   compute     | unit 2    | unit 1                      | unit 0           |
+                   reshard                 ^ 2                           ^ 1                ^ 0
 
     Outside of a pass the sharded parameters of the module are 1-D shares, and so are their gradients after
-    `finish_gradient_synchronization()`: what an optimizer wants. A weight that two units use makes one unit of them.
-    Every process runs the same units in the same order, and its loss reaches all of them; which weights of a unit get
-    gradients may differ. The first forward pass has no order to follow yet and gathers nothing ahead. A frozen weight,
-    once gathered in a backward pass, stays until the pass is finished. (The base class serves the parameters that
-    every process keeps.)
+    `finish_gradient_synchronization()`, as an optimizer needs them. If two units share a weight, they become one unit.
+    Every rank must run the same units in the same order, and its loss must reach all of them; which weights of a unit
+    get gradients may differ. The first forward pass knows no order yet and prefetches nothing. A frozen weight, once
+    unsharded in a backward pass, stays until the pass is finished. (The base class serves the parameters that every
+    rank keeps.)
 
-    To abandon a backward pass call `zero_grad()` of this module: an optimizer's does not reach whole gradients. Under
-    `no_sync()` whole gradients are kept, in `compute_dtype`. Backward passes without it add up shares, which
-    costs messages but no memory.
+    To abandon a backward pass, call `zero_grad()` of this module: an optimizer's does not reach full gradients. Under
+    `no_sync()` full gradients are kept, in `compute_dtype`. Backward passes without `no_sync()` accumulate shares,
+    which costs messages but no memory.
 
     Args:
         module: the module, on the device where it trains.
-        compute_dtype: to which weights are cast before they travel, and floating-point inputs of a unit before they
-            are used; gradients travel in it too. None: no casts.
-        unit_classes: what makes a unit; of nested ones the outermost. With a block of a Transformer for a unit
+        compute_dtype: to which weights are cast before they are sent, and floating-point inputs of a unit before they
+            are used; gradients are sent in it too. None: no casts.
+        unit_classes: modules that form a unit; of nested ones the outermost. With a block of a Transformer as the unit
             there are fewer and larger messages, and torch.compile sees the code of a block as a whole.
-        group: the processes that share the work; None for all.
+        group: the ranks that share the work; None for all.
 
     Raises:
-        ValueError: the processes have different modules; a unit has weights of several dtypes; a weight is also used
+        ValueError: the ranks have different modules; a unit has weights of several dtypes; a weight is also used
             outside of `Linear` and `Embedding`.
     """
 
@@ -65,9 +70,9 @@ class FSDP(FlatDataParallel):
         # With NCCL a group has a stream of its own: gradients need not queue behind weights.
         ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
         gradient_group = dist.new_group(ranks, use_local_synchronization=group is not None)
-        self.units = [Unit(modules, weights, compute_dtype, group, gradient_group) for modules, weights in found]
+        self.units = [FSDPUnit(modules, weights, compute_dtype, group, gradient_group) for modules, weights in found]
         layout = [f"a unit of {unit.size} elements in {unit.dtype}" for unit in self.units]
-        check_same_everywhere(layout, "units of sharded weights", group)
+        check_same_on_all_ranks(layout, "units of sharded weights", group)
         shards = {shard for unit in self.units for shard in unit.shards}
         self.trainable = [p for p in module.parameters() if p.requires_grad and p not in shards]
         this: Any = weakref.proxy(self)  # what a gradient's hook holds is never freed: Python cannot see the cycle
@@ -75,27 +80,27 @@ class FSDP(FlatDataParallel):
             for part in unit.modules:
                 part.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True)
                 part.register_forward_hook(partial(self._after_forward, unit), always_call=True)
-            for weight in unit.whole:
+            for weight in unit.full:
                 if weight.requires_grad:
                     weight.register_post_accumulate_grad_hook(partial(type(self)._on_gradient, this, number))
         self._in_backward = False
-        self._ran: dict[Unit, None] = {}  # the units of all forward passes since gradients were last finished
-        self._trace: list[Unit] = []  # the units of this forward pass so far
-        self._last_trace: list[Unit] = []  # and of the one before, which tells who comes next ...
-        self._as_before = True  # ... as long as the two agree
-        self._to_reduce: list[Unit] | None = None  # units whose gradients are still to leave, in this order
-        self._complete: set[Unit] = set()  # of these, those whose gradients are all there
-        self._reducing: list[Unit] = []  # units whose gradients are under way
+        self._ran: dict[FSDPUnit, None] = {}  # the units of all forward passes since gradients were last finished
+        self._trace: list[FSDPUnit] = []  # the units of this forward pass so far
+        self._last_trace: list[FSDPUnit] = []  # the units of the last one, which tell what to prefetch ...
+        self._same_as_last = True  # ... as long as the two agree
+        self._to_reduce: list[FSDPUnit] | None = None  # units whose gradients are still to be sent, in this order
+        self._complete: set[FSDPUnit] = set()  # those of them whose gradients have all arrived
+        self._reducing: list[FSDPUnit] = []  # units whose gradients are being reduced
 
     def _apply(self, *_: Any, **__: Any) -> "FSDP":  # what `to`, `cuda`, `double` and the like call
         raise RuntimeError(
-            "the shards of an FSDP cannot be moved or cast; move or cast the module before it is wrapped"
+            "the shards of an FSDP module cannot be moved or cast; move or cast the module before wrapping it"
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._reduce_rest()
-        self._free_all()
-        self._last_trace, self._trace, self._as_before = self._trace, [], True
+        self._reset_units()
+        self._last_trace, self._trace, self._same_as_last = self._trace, [], True
         return self.module(*args, **kwargs)
 
     def finish_gradient_synchronization(self) -> None:
@@ -106,11 +111,11 @@ class FSDP(FlatDataParallel):
         shards = [shard for unit in self.units for shard in unit.trainable]
         self._drop_absent(shards, [shard for unit in self.units for shard in unit.take_filled()])
         super().finish_gradient_synchronization()
-        self._free_all()
+        self._reset_units()
         self._ran.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, those of whole weights and those under way too, which an optimizer does not see."""
+        """Drop all gradients, including those of full weights and those being reduced, which no optimizer sees."""
         self._finish_reducing(still_under_way=0)
         for unit in self.units:
             unit.drop_gradients()
@@ -127,56 +132,56 @@ class FSDP(FlatDataParallel):
 
     @torch.no_grad()
     def gather_full_params(self) -> dict[str, Tensor]:
-        """All parameters, whole and in full precision, on every process, by their names in the wrapped module."""
-        whole = {shard: full for unit in self.units for shard, full in zip(unit.shards, unit.full_weights())}
-        return {name: whole.get(p, p.detach().clone()) for name, p in self.module.named_parameters()}
+        """Gather all parameters in full precision on every rank, by their names in the wrapped module."""
+        full = {shard: weight for unit in self.units for shard, weight in zip(unit.shards, unit.full_weights())}
+        return {name: full.get(p, p.detach().clone()) for name, p in self.module.named_parameters()}
 
     def shard_ranges(self) -> dict[str, ShardRange]:
-        """Which elements of the sharded parameters this process keeps, by their names in the wrapped module."""
+        """Return which elements of the sharded parameters this rank keeps, by their names in the wrapped module."""
         ranges = {shard: range_ for unit in self.units for shard, range_ in zip(unit.shards, unit.ranges)}
         named = self.module.named_parameters(remove_duplicate=False)  # a tied weight by all its names
         return {name: ranges[p] for name, p in named if p in ranges}
 
     def _before_forward(
-        self, unit: Unit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, unit: FSDPUnit, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        unit.wait_gathered()
-        unit.show_whole()
-        if not self._in_backward:  # where a forward pass is one that checkpointing repeats
+        unit.unshard()
+        unit.use_full()
+        if not self._in_backward:  # a forward pass inside a backward pass is one that checkpointing repeats
             self._trace.append(unit)
             self._ran[unit] = None
-            self._as_before &= self._last_trace[len(self._trace) - 1 : len(self._trace)] == [unit]
-            if self._as_before and len(self._trace) < len(self._last_trace):
-                self._last_trace[len(self._trace)].gather()
+            self._same_as_last &= self._last_trace[len(self._trace) - 1 : len(self._trace)] == [unit]
+            if self._same_as_last and len(self._trace) < len(self._last_trace):
+                self._last_trace[len(self._trace)].start_unshard()
         if self.compute_dtype is None:
             return None
         return tree_map(self._cast, (args, kwargs))
 
-    def _after_forward(self, unit: Unit, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(self, unit: FSDPUnit, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._in_backward:
             return
-        unit.show_shards()
+        unit.use_shards()
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
         if outputs:
             before = self._trace[-2] if len(self._trace) > 1 else None
             register_multi_grad_hook(outputs, partial(self._before_backward, unit, before), mode="any")
-        is_last = self._as_before and len(self._trace) == len(self._last_trace)
+        is_last = self._same_as_last and len(self._trace) == len(self._last_trace)
         if not (outputs and is_last):  # the last unit is the first that the backward pass needs
-            unit.free()
+            unit.reshard()
 
-    def _before_backward(self, unit: Unit, before: Unit | None, _: Tensor) -> None:
+    def _before_backward(self, unit: FSDPUnit, before: FSDPUnit | None, _: Tensor) -> None:
         self._in_backward = True
         if unit.needed_in_backward:
-            unit.wait_gathered()
-            unit.show_whole()  # for what a checkpoint inside of the unit computes again
+            unit.unshard()
+            unit.use_full()  # for what a checkpoint inside of the unit computes again
         if before is not None and before.needed_in_backward:
-            before.gather()
+            before.start_unshard()
 
     def _on_gradient(self, number: int, _: nn.Parameter) -> None:
         unit = self.units[number]
         if not unit.gradient_arrived():
             return
-        unit.backward_done()
+        unit.reshard_after_backward()
         if not self._synchronizing:
             return
         if not self._to_reduce or unit not in self._to_reduce:  # the first unit of a backward pass
@@ -187,19 +192,19 @@ class FSDP(FlatDataParallel):
             self._reduce(self._to_reduce.pop(0))
 
     def _plan(self) -> None:
-        """Let gradients leave in the reverse order of the forward pass, in all processes, whatever is missing where."""
+        """Fix the order in which gradients are sent on all ranks: the reverse of the forward pass."""
         order = dict.fromkeys([*reversed(dict.fromkeys(self._trace)), *self._ran])
         self._to_reduce = [unit for unit in order if unit.trainable]
         self._complete.clear()
 
     def _reduce_rest(self) -> None:
-        """Send what waits for gradients that do not come."""
+        """Send the gradients of units that still wait for gradients which will not come."""
         for unit in self._to_reduce or []:
             self._reduce(unit)
         self._to_reduce = []
 
-    def _reduce(self, unit: Unit) -> None:
-        # The gradients of two units are under way at most: more would hold memory without being faster.
+    def _reduce(self, unit: FSDPUnit) -> None:
+        # The gradients of at most two units are being reduced: more would hold memory without being faster.
         self._finish_reducing(still_under_way=1)
         unit.reduce_gradients()
         self._reducing.append(unit)
@@ -208,7 +213,7 @@ class FSDP(FlatDataParallel):
         while len(self._reducing) > still_under_way:
             self._reducing.pop(0).finish_reducing()
 
-    def _free_all(self) -> None:
+    def _reset_units(self) -> None:
         for unit in self.units:
             unit.reset()
         self._in_backward, self._to_reduce = False, None
@@ -220,9 +225,9 @@ class FSDP(FlatDataParallel):
 def _find_units(
     module: nn.Module, unit_classes: tuple[type[nn.Module], ...]
 ) -> list[tuple[list[nn.Module], dict[nn.Parameter, list[Slot]]]]:
-    """The modules of each unit, and its weights with the places where they are kept."""
+    """Find the modules of each unit, and its weights with the places where they are kept."""
     units: list[tuple[list[nn.Module], dict[nn.Parameter, list[Slot]]]] = []
-    for root in dict.fromkeys(_outermost(module, unit_classes)):  # once, even if it stands in several places
+    for root in dict.fromkeys(_outermost(module, unit_classes)):  # once, even if it appears in several places
         modules, weights = [root], _weights(root)
         for other in [unit for unit in units if unit[1].keys() & weights.keys()]:  # tied: one unit
             units.remove(other)

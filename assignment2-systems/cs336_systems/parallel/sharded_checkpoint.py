@@ -1,11 +1,11 @@
-"""Checkpoints that several processes write, each its share, and any number of processes read.
+"""Checkpoints that several ranks write, each its share, and any number of ranks can read.
 
-A sharded checkpoint is a folder with a file of each process. A file holds pieces: consecutive elements of a tensor,
-under the tensor's name. Who reads asks for the elements that it needs, wherever they are. Assignment 1's checkpoints,
-a single file with everything, are read in the same way, so that a run may go on under another strategy.
+A sharded checkpoint is a folder with one file per rank. A file holds pieces: consecutive elements of a tensor, under
+the tensor's name. A reader asks for the elements that it needs, wherever they are. Assignment 1's checkpoints, a single
+file with everything, are read in the same way, so that a run may continue under another strategy.
 
     model.<parameter>                   a parameter
-    optimizer.<parameter>.<entry>       an entry of its optimizer state, a moment say
+    optimizer.<parameter>.<entry>       an entry of its optimizer state, for example a moment
 """
 
 import os
@@ -17,41 +17,42 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cs336_basics.checkpoint import read_checkpoint
+from cs336_systems.parallel.collectives import all_gather_objects
+from cs336_systems.parallel.fsdp_unit import ShardRange
 from cs336_systems.parallel.sharded_optimizer import ShardedOptimizer
-from cs336_systems.parallel.unit import ShardRange
+from cs336_systems.parallel.torch_fsdp2 import local_part
 
 FORMAT = 1
 
 
 class Piece(NamedTuple):
-    """Some consecutive elements of a tensor."""
+    """Consecutive elements of a tensor."""
 
     shape: torch.Size
-    """Of the whole tensor."""
+    """Shape of the full tensor."""
     start: int
-    """The number of the first element."""
+    """Index of the first element in the flattened tensor."""
     values: Tensor
-    """The elements, in a row."""
+    """The elements, 1-D."""
 
 
 def save_sharded(
     path: os.PathLike[str], module: nn.Module, optimizer: torch.optim.Optimizer, ranges: Mapping[str, ShardRange],
     **header: Any,
 ) -> None:  # fmt: skip
-    """Write this process's share of a checkpoint; all processes call it. The folder appears only when complete.
+    """Write this rank's share of a checkpoint; all ranks call this. The folder appears only when it is complete.
 
     Args:
         path: the folder.
         module: the wrapped module, whose parameters are shards where `ranges` names them.
-        optimizer: of its parameters.
-        ranges: see `FSDP.shard_ranges`; what is not in it is whole, and the same in every process.
-        header: numbers, strings, tensors to keep.
+        optimizer: the optimizer of its parameters.
+        ranges: see `FSDP.shard_ranges`; other parameters are full, and the same on every rank.
+        header: numbers, strings and tensors to store as well.
 
     Raises:
-        OSError: on every process, if any of them cannot write.
+        OSError: on every rank, if any of them cannot write.
     """
     path, rank = Path(path), dist.get_rank()
     unfinished = path.with_name(path.name + ".tmp")
@@ -68,7 +69,7 @@ def save_sharded(
             os.fsync(file.fileno())
 
     def begin() -> None:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a job that was killed while it wrote
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a job that was killed while it wrote
         unfinished.mkdir(parents=True)
 
     def publish() -> None:
@@ -77,9 +78,9 @@ def save_sharded(
         unfinished.replace(path)
 
     try:
-        together(begin if rank == 0 else None)
-        together(write)
-        together(publish if rank == 0 else None)
+        run_on_all_ranks(begin if rank == 0 else None)
+        run_on_all_ranks(write)
+        run_on_all_ranks(publish if rank == 0 else None)
     except OSError as error:
         raise OSError(
             f"cannot write checkpoint {path} ({error}); free some space or choose another folder, then run the same "
@@ -90,11 +91,11 @@ def save_sharded(
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def together(action: Callable[[], None] | None) -> None:
-    """Run an action on every process (None: nothing to do here), and go on when all have done it.
+def run_on_all_ranks(action: Callable[[], None] | None) -> None:
+    """Run an action on every rank (None: nothing to do on this one), and return when all ranks have finished.
 
     Raises:
-        OSError: on every process, if one of them could not: nobody waits for it in vain.
+        OSError: on every rank, if the action failed on one of them, so that no rank waits in vain.
     """
     problem = None
     try:
@@ -104,28 +105,26 @@ def together(action: Callable[[], None] | None) -> None:
         raise
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         problem = str(error if isinstance(error, OSError) else error.__context__ or error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    if reason := next((problem for problem in problems if problem), None):
+    if reason := next((other for other in all_gather_objects(problem) if other), None):
         raise OSError(reason)
 
 
 class Checkpoint:
     """A checkpoint opened for reading: a folder of shares, or Assignment 1's single file.
 
-    Tensors of a folder are mapped into memory: only what is asked for is read.
+    The tensors of a folder are mapped into memory: only the requested elements are read.
 
     Args:
         path: the file or folder.
-        names: of the model's parameters in the order of the optimizer, by which a single file numbers them.
+        names: names of the model's parameters in the optimizer's order, by which a single file numbers them.
 
     Attributes:
-        header: what was saved beside model and optimizer, the iteration too.
-        param_groups: the optimizer's options, with the "names" of the parameters in place of numbers.
+        header: everything that was saved besides model and optimizer, including the iteration.
+        param_groups: the optimizer's options, with the "names" of the parameters instead of numbers.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged.
+        FileNotFoundError: the checkpoint does not exist.
+        ValueError: the checkpoint is damaged.
     """
 
     def __init__(self, path: os.PathLike[str], names: list[str]) -> None:
@@ -145,7 +144,7 @@ class Checkpoint:
             shares = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
             world_size = shares[0]["world_size"]
             if len(shares) != world_size:
-                raise ValueError(f"{len(shares)} of {world_size} files are there")
+                raise ValueError(f"only {len(shares)} of {world_size} files exist")
             for share in shares:
                 self._values |= share["values"]
                 for name, (shape, start, values) in share["pieces"].items():
@@ -170,7 +169,7 @@ class Checkpoint:
         ]
 
     def tensor(self, key: str, range_: ShardRange | None = None) -> Tensor:
-        """A whole tensor, or the elements of a range in a row."""
+        """Return a full tensor, or the elements of a range as a 1-D tensor."""
         pieces = self._pieces.get(key)
         if not pieces:
             raise _damaged(self.path, f"it lacks {key}")
@@ -188,18 +187,21 @@ class Checkpoint:
         return result if range_ else result.view(shape)
 
     def load_model(self, module: nn.Module, ranges: Mapping[str, ShardRange]) -> None:
-        """Fill the parameters of a module, shards where `ranges` names them.
+        """Fill the parameters of a module, which are shards where `ranges` names them.
 
         Raises:
-            ValueError: the checkpoint is of another model.
+            ValueError: the checkpoint belongs to another model.
         """
         for name, target in module.state_dict(keep_vars=True).items():
             key = f"model.{name}"
             shape = ranges[name].shape if name in ranges else target.shape
             saved = self._pieces.get(key)
             if not saved or saved[0].shape != shape:
-                what = f"{tuple(saved[0].shape)} there" if saved else "not there"
-                raise ValueError(f"checkpoint {self.path} does not fit this model: {name} {tuple(shape)} is {what}")
+                what = f"has shape {tuple(saved[0].shape)}" if saved else "is missing"
+                raise ValueError(
+                    f"checkpoint {self.path} does not fit this model: {name} {what} there, but must have shape "
+                    f"{tuple(shape)}; choose a checkpoint of the same model"
+                )
             _fill(target, self.tensor(key, ranges.get(name)))
 
     def load_optimizer(
@@ -220,7 +222,7 @@ class Checkpoint:
             group.update(_options(saved[names[group["params"][0]]]))
 
     def _entries(self, parameter: Tensor, name: str, range_: ShardRange | None) -> dict[str, Any]:
-        """The optimizer state of a parameter; entries that are shaped like it are sharded like it."""
+        """Read the optimizer state of a parameter; entries of the parameter's shape are sharded as it is."""
         prefix = f"optimizer.{name}."
         entries = {key.removeprefix(prefix): value for key, value in self._values.items() if key.startswith(prefix)}
         for key, pieces in self._pieces.items():
@@ -237,13 +239,13 @@ class Checkpoint:
 def _pieces(
     module: nn.Module, optimizer: torch.optim.Optimizer, ranges: Mapping[str, ShardRange], everything: bool
 ) -> tuple[dict[str, tuple[list[int], int, Tensor]], dict[str, Any]]:
-    """What this process writes: shards, its own share of a sharded optimizer, and, with `everything`, what all have."""
+    """Collect what this rank writes: shards, its share of a sharded optimizer, and, with `everything`, the rest."""
     pieces: dict[str, tuple[list[int], int, Tensor]] = {}
     values: dict[str, Any] = {}
 
     def add(key: str, tensor: Tensor, range_: ShardRange | None) -> None:
         shape, start = (range_.shape, range_.start) if range_ else (tensor.shape, 0)
-        pieces[key] = (list(shape), start, _local(tensor).reshape(-1).to("cpu", copy=True))
+        pieces[key] = (list(shape), start, local_part(tensor).reshape(-1).to("cpu", copy=True))
 
     for name, tensor in module.state_dict().items():
         if name in ranges or everything:
@@ -265,14 +267,8 @@ def _pieces(
     return pieces, values
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor of PyTorch's FSDP2; any other is itself."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _fill(target: Tensor, values: Tensor) -> None:
-    local = _local(target)
+    local = local_part(target)
     local.copy_(values.view(local.shape))
 
 
@@ -287,4 +283,4 @@ def _options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _damaged(path: Path, reason: object) -> ValueError:
     first_line = (str(reason) or type(reason).__name__).splitlines()[0]
-    return ValueError(f"checkpoint {path} is damaged ({first_line}); delete it to go on from the checkpoint before it")
+    return ValueError(f"checkpoint {path} is damaged ({first_line}); delete it to continue from the one before it")

@@ -1,0 +1,1 @@
+"""Comparisons with the libraries one would otherwise use, and measurements of a shared machine."""
