@@ -56,10 +56,12 @@ class PolicyOptimizer:
             self.optimizer = torch.optim.AdamW(
                 parameters, config.lr, config.betas, config.eps, config.weight_decay, fused=fused
             )
-        else:
+        elif config.algorithm == "rmsprop":
             self.optimizer = torch.optim.RMSprop(
                 parameters, config.lr, eps=config.eps, weight_decay=config.weight_decay
             )
+        else:
+            raise ValueError(f"there is no algorithm {config.algorithm!r}; choose adamw or rmsprop")
 
     @contextmanager
     def accumulate(self, lr: float) -> Iterator[AccumulatedGradients]:
