@@ -192,6 +192,8 @@ def test_muon_where_gradients_are_whole(name, config, workers):
 
 @pytest.mark.parametrize("name", ["ddp+sharded-optimizer", "fsdp", "torch-fsdp2"])
 def test_muon_is_refused_where_they_are_not(name, config, workers):
-    config = replace(config, optimizer=replace(config.optimizer, name="muon"), run_dir=config.run_dir.with_name("muon-refused"))
+    config = replace(
+        config, optimizer=replace(config.optimizer, name="muon"), run_dir=config.run_dir.with_name("muon-refused")
+    )
     with pytest.raises(Exception, match=f"strategy {re.escape(name)} shards parameters, and Muon needs"):
         workers.run(train_in_processes, 2, name, config)

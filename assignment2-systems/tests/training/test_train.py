@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from cs336_basics.checkpoint import read_checkpoint
-from cs336_basics.model import ModelConfig
 from cs336_basics.load_run import load_model
+from cs336_basics.model import ModelConfig
 from cs336_basics.train_config import TrainConfig
 from cs336_systems.training.choices import STRATEGIES, resolve
 from cs336_systems.training.options import Consolidate, Train
