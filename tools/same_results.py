@@ -15,7 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,12 @@ def train(checkout: Path, folder: Path) -> None:
         print(f"{checkout.name}: {' '.join(command[:2])} → {command[command.index('--run') + 1]}", flush=True)
 
 
-def compare(old: Path, new: Path) -> tuple[int, list[str]]:
-    """Compare the files of two folders: how many values there were, and what differs."""
+def compare(old: Path, new: Path, renamed: Mapping[str, str]) -> tuple[int, list[str]]:
+    """Compare the files of two folders: how many values there were, and what differs.
+
+    Args:
+        renamed: parts of the names of metrics, as they were → as they are.
+    """
     compared, different = 0, []
     names = [
         sorted(str(path.relative_to(folder)) for form in FILES for path in folder.glob(form)) for folder in (old, new)
@@ -121,6 +125,8 @@ def compare(old: Path, new: Path) -> tuple[int, list[str]]:
         different.append(f"only in one of them: {sorted(set(names[0]) ^ set(names[1]))}")
     for name in sorted(set(names[0]) & set(names[1])):
         before, after = dict(leaves(read(old / name))), dict(leaves(read(new / name)))
+        for older, newer in renamed.items():
+            before = {key.replace(older, newer): value for key, value in before.items()}
         compared += len(before)
         unequal = [key for key in before.keys() & after.keys() if not same(before[key], after[key])]
         different += [f"{name}: {key} was {before[key]}, is {after[key]}" for key in sorted(unequal)]
@@ -158,13 +164,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="a checkout, set up")
     parser.add_argument("new", type=Path, help="another one")
+    parser.add_argument("--renamed", nargs="*", default=[], metavar="OLD=NEW", help="names of metrics that changed")
     options = parser.parse_args()
+    renamed = dict(pair.split("=") for pair in options.renamed)
     with tempfile.TemporaryDirectory() as temporary:
         folders = [Path(temporary) / name for name in ("old", "new")]
         for folder, checkout in zip(folders, (options.old, options.new)):
             folder.mkdir()
             train(checkout.resolve(), folder)
-        compared, different = compare(*folders)
+        compared, different = compare(*folders, renamed)
     print("\n".join(different) or f"the same: {compared} numbers and tensors")
     sys.exit(1 if different or not compared else 0)
 

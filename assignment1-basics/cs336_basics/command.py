@@ -1,4 +1,4 @@
-"""Running a command of a command line: its options are the fields of a dataclass, its mistakes one line each."""
+"""Run a command of a command line. Its options are the fields of a dataclass; a user's mistake is one line."""
 
 import os
 import sys
@@ -12,13 +12,13 @@ from tyro.conf import OmitArgPrefixes
 def run_command(
     commands: Any, program: str, args: Sequence[str] | None = None, *, interrupted: str, out_of_memory: str
 ) -> None:
-    """Read a command from the command line and execute it; what a user got wrong is one line and exit status 2.
+    """Read a command from the command line and execute it. A user's mistake gives one line and exit status 2.
 
     Args:
-        commands: a union of dataclasses, one a command, each with a method `execute`.
+        commands: a union of dataclasses, one per command, each with a method `execute`.
         program: the name that help and errors begin with.
-        args: the words after the program's name. Default: those that it was started with.
-        interrupted: what becomes of the work when Ctrl-C ends it, with exit status 130.
+        args: the words after the program's name. Default: those of this process.
+        interrupted: what happens to the work when Ctrl-C ends it, with exit status 130.
         out_of_memory: what to do when the GPU's memory is full.
     """
 
@@ -31,12 +31,12 @@ def run_command(
         command.execute()
     except KeyboardInterrupt:
         fail(f"interrupted; {interrupted}", status=130)
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+    except BrokenPipeError:  # the program that reads our output, for example `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     except RuntimeError as error:
-        torch = sys.modules.get("torch")  # which takes seconds to import, and who has not done so has no such error
+        torch = sys.modules.get("torch")  # importing it takes seconds; where it is not imported, there is no such error
         full = torch is not None and isinstance(error, torch.OutOfMemoryError)
         if not full and "out of memory" not in str(error).lower():  # as vLLM says it
             raise

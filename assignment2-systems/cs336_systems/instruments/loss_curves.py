@@ -30,8 +30,8 @@ def curve(
         config = replace(config, model=replace(config.model, d_model=64, num_layers=2, num_heads=4), compile=False)
     with tempfile.TemporaryDirectory() as folder:
         config = replace(
-            config, run_dir=Path(folder), train_data=train_data, valid_data=valid_data, steps=steps, batch_size=batch_size,
-            eval_every=steps, checkpoint_every=steps,
+            config, run_dir=Path(folder), train_data=train_data, valid_data=valid_data, steps=steps,
+            batch_size=batch_size, eval_every=steps, checkpoint_every=steps,
         )  # fmt: skip
         train(config, causal_attention=resolve(ATTENTIONS, attention))
         records = read_metrics(Path(folder) / "metrics.jsonl")

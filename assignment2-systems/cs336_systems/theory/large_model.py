@@ -63,8 +63,7 @@ def step_bytes(
 
     # Compiled code keeps queries, keys, values, attention's output and the sum after it; W1 x and W3 x. Then, backward:
     # gradients of the block's output and input, of the product inside the feed-forward network, of W1 x and W3 x.
-    activations = (5 + 2) * stream + (2 + 3) * inner
-    one_block = activations + (2 + 2) * number * block
+    one_block = (5 + 2) * stream + (2 + 3) * inner + (2 + 2) * number * block
     gradients = FLOAT32 * layers * block / world_size
     if contestant == "ours":
         root = 0.0
