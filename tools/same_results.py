@@ -118,9 +118,8 @@ def compare(old: Path, new: Path, renamed: Mapping[str, str]) -> tuple[int, list
         renamed: parts of the names of metrics, as they were → as they are.
     """
     compared, different = 0, []
-    names = [
-        sorted(str(path.relative_to(folder)) for form in FILES for path in folder.glob(form)) for folder in (old, new)
-    ]
+    found = [[path for form in FILES for path in folder.glob(form) if path.is_file()] for folder in (old, new)]
+    names = [sorted(str(path.relative_to(folder)) for path in paths) for folder, paths in zip((old, new), found)]
     if names[0] != names[1]:
         different.append(f"only in one of them: {sorted(set(names[0]) ^ set(names[1]))}")
     for name in sorted(set(names[0]) & set(names[1])):
