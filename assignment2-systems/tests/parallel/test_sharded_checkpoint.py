@@ -138,7 +138,7 @@ def test_another_model_is_refused(checkpoint):
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         Checkpoint(tmp_path / "nothing.pt", [])
 
 
