@@ -1,4 +1,4 @@
-# Every package is independent; this file runs the same step in each. `make help` lists the commands.
+# Every package has an environment of its own; this file runs the same step in each. `make help` lists the commands.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BASICS := assignment1-basics

@@ -29,7 +29,7 @@ class Rank:
     """One process of a job, with a device of its own."""
 
     rank: int
-    """Number of the process: 0, 1, … world_size - 1."""
+    """Its number: 0, 1, … world_size - 1."""
     world_size: int
     """Number of processes."""
     device: torch.device

@@ -1,4 +1,4 @@
-"""Everything that a command-line option can name: one table for each kind of choice, and nothing is named twice.
+"""Everything that a command-line option can name: one table for each kind of choice.
 
 A table maps a name to "module:attribute", which `resolve` imports when it is needed, so that `--help` does not have to
 import torch. To add an optimizer, an attention or a loss, add one line to its table.

@@ -1,4 +1,4 @@
-"""The parent's side of the worker processes: starting them, and talking to one of them. `worker` is their side."""
+"""The parent's side of the worker processes: starting them, and talking to one of them. `child` is their side."""
 
 import atexit
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 _PROGRAM = """\
 import json, socket, sys
 sys.path[:] = json.loads(sys.argv[2])
-from cs336_alignment.grading.worker import serve
+from cs336_alignment.grading.child import serve
 serve(socket.socket(fileno=int(sys.argv[1])))
 """
 _START_LIMIT_S = 120.0

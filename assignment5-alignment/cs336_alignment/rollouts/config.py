@@ -48,7 +48,7 @@ class EngineConfig:
     """The engine that generates, and where it runs."""
 
     engine: EngineName = "vllm"
-    """vllm, or transformers, which is slower and needs no installation."""
+    """vllm, or transformers, which is always installed."""
     engine_device: str = "auto"
     """Device of the engine. auto: in training the second GPU if there is one, otherwise the policy's device."""
     gpu_memory_utilization: float = 0.85
