@@ -34,8 +34,11 @@ def files(results: Path = RESULTS) -> list[Path]:
 def citations(path: Path) -> list[str]:
     """Return "document:line" of the first citation in each document, by the file's base name or its family's."""
     stem, name = re.escape(path.stem), re.escape(path.name)
-    patterns = [rf"(?<![\w.]){name}\b", rf'picture\("{stem}"' if path.suffix == ".png" else rf'(?<!problem\()(?<!: )"{stem}"']
-    patterns += [re.escape(f'"{family}') for family in FAMILIES if family in f"{path.parent}/{path.name}"]
+    patterns = [
+        rf"(?<![\w.]){name}\b",
+        rf'picture\("{stem}"' if path.suffix == ".png" else rf'(?<!problem\()(?<!: )"{stem}"',
+    ]
+    patterns += [re.escape(f'"{family}" +') for family in FAMILIES if family in f"{path.parent}/{path.name}"]
     pattern = re.compile("|".join(patterns))
     found = []
     for document in DOCUMENTS:
