@@ -99,7 +99,8 @@ def train(checkout: Path, folder: Path) -> None:
         held_out.append({"prompt": f"Is {number} odd?", "response": str(not even)})
     for name, rows in (("pairs", pairs), ("held_out", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    # One thread: with several, which adds what first is chance, and a program's results differ from its own.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for start, command in commands(checkout, folder):
         program = start / ".venv" / "bin" / command[0]
         result = subprocess.run(
@@ -128,7 +129,7 @@ def compare(old: Path, new: Path, renamed: Mapping[str, str]) -> tuple[int, list
             before = {key.replace(older, newer): value for key, value in before.items()}
         compared += len(before)
         unequal = [key for key in before.keys() & after.keys() if not same(before[key], after[key])]
-        different += [f"{name}: {key} was {before[key]}, is {after[key]}" for key in sorted(unequal)]
+        different += [f"{name}: {key} is not what it was" for key in sorted(unequal)]
         if missing := sorted(before.keys() ^ after.keys()):
             different.append(f"{name}: only in one of them: {missing}")
     return compared, different
