@@ -27,7 +27,10 @@ CHECKED = [
     for path in PACKAGE.rglob("*.py")
     if path.stem not in ("__init__", "__main__", "triton_kernels")
 ]
-jaxtyping.install_import_hook(CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+# The bytecode of checked modules is cached under a name that depends on this text. It must not be that of Assignment 1's
+# tests, or a module of theirs that is imported by a checked module of ours would be taken from there, with its checks.
+TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_debug=False))"
+jaxtyping.install_import_hook(CHECKED, TYPECHECKER)
 
 
 # Triton is made for Linux only. Elsewhere the tests of its kernels, which import it, are left out.
