@@ -27,8 +27,8 @@ CHECKED = [
     for path in PACKAGE.rglob("*.py")
     if path.stem not in ("__init__", "__main__", "triton_kernels")
 ]
-# The bytecode of checked modules is cached under a name that depends on this text. It must not be that of Assignment 1's
-# tests, or a module of theirs that is imported by a checked module of ours would be taken from there, with its checks.
+# The bytecode of checked modules is cached under a name that depends on this text. If it were that of Assignment 1's
+# tests, a module of theirs that a checked module imports would be taken from their cache, with its checks.
 TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, is_debug=False))"
 jaxtyping.install_import_hook(CHECKED, TYPECHECKER)
 
