@@ -56,14 +56,15 @@ test: setup .venv/.synced ## run the CPU tests of every package
 	  for package in $(PACKAGES); do (cd $$package && $(RUN) pytest -q) || exit 1; done; } && \
 	  uptime | sed 's/.*load/Load at the end: load/'
 
-writeups: $(SYNCED_$(BASICS)) $(SYNCED_$(SYSTEMS)) .venv/.synced ## build writeup1.pdf and writeup2.pdf from results/
+writeups: $(SYNCED_$(BASICS)) $(SYNCED_$(SYSTEMS)) .venv/.synced ## build writeup1.pdf, writeup2.pdf and the indexes of results/
 	@cd $(BASICS) && $(RUN) python -m experiments figures
 	@cd $(SYSTEMS) && $(RUN) python -m writeup.figures
 	@.venv/bin/python tools/build_writeups.py
+	@.venv/bin/python tools/results_index.py
 
 lint: setup .venv/.synced ## check style and types
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .
-	@.venv/bin/mypy --config-file pyproject.toml tools/course_tests.py tools/build_writeups.py
+	@.venv/bin/mypy --config-file pyproject.toml tools/course_tests.py tools/build_writeups.py tools/results_index.py
 	@for package in $(PACKAGES); do \
 	  (cd $$package && ../.venv/bin/mypy --config-file ../pyproject.toml --python-executable .venv/bin/python \
 	    $$(ls -d cs336_* experiments writeup/*.py 2>/dev/null)) || exit 1; done

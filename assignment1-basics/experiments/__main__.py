@@ -16,7 +16,6 @@ from experiments.figures import Figures
 from experiments.leaderboard.ladder import Leaderboard
 from experiments.learning_rate_tuning import LearningRateTuning
 from experiments.models import TrainModels
-from experiments.results_index import ResultsIndex
 from experiments.samples import Samples
 from experiments.tokenizer_experiments import TokenizerExperiments
 from experiments.train_bpe import TrainBPE
@@ -31,7 +30,6 @@ COMMANDS = {
     "leaderboard": Leaderboard,
     "samples": Samples,
     "figures": Figures,
-    "results-index": ResultsIndex,
     "benchmark-tokenizer": TokenizerBenchmark,
     "benchmark-training-step": TrainingStepBenchmark,
     "shared-machine": SharedMachine,

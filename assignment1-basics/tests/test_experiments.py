@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from experiments import models, results_index, sweep
+from experiments import models, sweep
 from experiments.accounting_tables import AccountingTables
 from experiments.benchmarks import throughput
 from experiments.learning_rate_tuning import LearningRateTuning
@@ -229,13 +229,7 @@ def test_a_run_against_the_clock_that_is_late_or_fails(config, tmp_path, monkeyp
     assert json.loads((tmp_path / "problem.json").read_text())["device"] == row["device"]
 
 
-def test_the_index_of_results_is_up_to_date_and_every_file_is_cited():
-    if not (results_index.PACKAGE / results_index.OTHER_DOCUMENTS[0]).exists():
-        pytest.skip("the package is used outside its repository, whose README is part of the index")
-    hint = "run `python -m experiments results-index`"
-    assert (RESULTS / "README.md").read_text(encoding="utf-8") == results_index.index(), hint
-    assert "nowhere" not in results_index.index()
-    assert {path.stem for path in results_index.files() if path.suffix == ".json"} == {
-        name for names in FOLDERS.values() for name in names
-    }
-    assert all(path.suffix != ".json" or path == result_path(path.stem) for path in results_index.files())
+def test_every_result_is_in_its_folder():
+    stored = sorted(RESULTS.rglob("*.json"))
+    assert {path.stem for path in stored} == {name for names in FOLDERS.values() for name in names}
+    assert all(path == result_path(path.stem) for path in stored)
