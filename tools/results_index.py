@@ -88,12 +88,12 @@ def index(package: Path) -> str:
             raise ValueError(f"no document cites results/{file}; cite it in README.md or LOG.md, or delete it")
         alike[file.parent, tuple(cited)].append(file)
     rows = []
-    for (folder, cited), group in alike.items():
+    for (folder, documents), group in alike.items():
         names = ", ".join(f"[{file}]({file})" for file in group)
         if len(group) > 8:
             names = f"[{folder}/]({folder}) ({len(group)} files)"
         commands = dict.fromkeys(command(package, file) for file in group)
-        rows.append(f"| {names} | {'; '.join(cited)} | {' '.join(f'`{each}`' for each in commands if each)} |\n")
+        rows.append(f"| {names} | {'; '.join(documents)} | {' '.join(f'`{each}`' for each in commands if each)} |\n")
     return HEAD + "".join(rows)
 
 

@@ -15,9 +15,9 @@ from cs336_systems.instruments.measure import Row, extra_bytes, print_table, res
 from cs336_systems.instruments.options.common import check_options
 from cs336_systems.instruments.options.one_gpu import Checkpointing
 from cs336_systems.instruments.step import step_cases, step_of_case
+from cs336_systems.parallel.blocks import blocks_of
 from cs336_systems.theory.activations import CheckpointStrategy, SavedBytes, checkpointed_bytes
 from cs336_systems.theory.units import MB
-from cs336_systems.training.blocks import blocks_of
 from cs336_systems.training.checkpointing import apply_checkpointing
 from cs336_systems.training.step import StepConfig, TrainingStep
 

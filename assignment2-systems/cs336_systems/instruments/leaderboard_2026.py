@@ -42,10 +42,10 @@ from cs336_systems.instruments.measure import (
 from cs336_systems.instruments.options.common import check_options
 from cs336_systems.instruments.options.many_gpus import Contestant, Leaderboard2026
 from cs336_systems.kernels import triton_support
+from cs336_systems.parallel.blocks import compile_blocks
 from cs336_systems.parallel.process_group import Rank, check_gpus, device_of_rank, run_on_ranks, under_torchrun
 from cs336_systems.theory.large_model import step_bytes, step_flops
 from cs336_systems.theory.units import GB
-from cs336_systems.training.blocks import compile_blocks
 from cs336_systems.training.containers import HeadWithLoss
 from cs336_systems.training.step import StepConfig, TrainingStep
 

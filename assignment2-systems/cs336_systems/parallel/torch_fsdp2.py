@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cs336_basics.model import TransformerBlock
+from cs336_systems.parallel.blocks import blocks_of
 
 
 def fully_shard_blocks(
@@ -22,8 +22,7 @@ def fully_shard_blocks(
     """
     mesh = init_device_mesh(device.type, (world_size,))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype)
-    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
-    for module in (*blocks, model):
+    for module in (*blocks_of(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cs336_basics.model import BasicsTransformerLM
+from cs336_systems.parallel.blocks import blocks_of
 from cs336_systems.theory.activations import CheckpointStrategy
-from cs336_systems.training.blocks import blocks_of
 
 
 def apply_checkpointing(

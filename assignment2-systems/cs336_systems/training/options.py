@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from ctypes import CDLL, byref, c_int
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -63,11 +62,6 @@ def has_gpu() -> bool:
 def gpu_or_cpu(gpu: T, cpu: T) -> T:
     """Make a field whose default depends on the machine: one for a GPU, and one that a CPU can do in seconds."""
     return field(default_factory=lambda: gpu if has_gpu() else cpu)
-
-
-def computed(default: Callable[[], T]) -> T:
-    """Make a field whose default is computed when the options are read."""
-    return field(default_factory=default)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from cs336_basics.model import BasicsTransformerLM, CausalAttention, ModelConfig
 from cs336_systems.kernels import triton_support
 from cs336_systems.parallel import ShardedOptimizer
+from cs336_systems.parallel.blocks import blocks_of, compile_blocks
 from cs336_systems.parallel.process_group import Rank
 from cs336_systems.parallel.torch_fsdp2 import local_part
 from cs336_systems.theory.activations import CheckpointStrategy
 from cs336_systems.training import choices
-from cs336_systems.training.blocks import blocks_of, compile_blocks
 from cs336_systems.training.checkpointing import apply_checkpointing
 from cs336_systems.training.containers import HeadWithLoss
 

@@ -22,12 +22,12 @@ from cs336_basics.muon import Muon
 from cs336_basics.optimizer import AdamW, parameters_for
 from cs336_basics.strategy import SingleDevice
 from cs336_systems.parallel import FSDP, BucketedDataParallel, DataParallel, OverlappedDataParallel, ShardedOptimizer
+from cs336_systems.parallel.blocks import blocks_of, compile_blocks
 from cs336_systems.parallel.collectives import AllReduceMean, broadcast
 from cs336_systems.parallel.fsdp_unit import ShardRange
 from cs336_systems.parallel.process_group import Rank
 from cs336_systems.parallel.sharded_checkpoint import Checkpoint, run_on_all_ranks, save_sharded
 from cs336_systems.parallel.torch_fsdp2 import fully_shard_blocks
-from cs336_systems.training.blocks import blocks_of, compile_blocks
 from cs336_systems.training.choices import OPTIMIZERS, StrategyName, resolve
 
 

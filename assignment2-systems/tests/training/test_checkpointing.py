@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from cs336_basics.model import ModelConfig
 from cs336_systems.instruments.checkpointing import saved_by_parts, saved_bytes
 from cs336_systems.instruments.options.one_gpu import Checkpointing
+from cs336_systems.parallel.blocks import blocks_of
 from cs336_systems.theory.activations import checkpointed_bytes
-from cs336_systems.training.blocks import blocks_of
 from cs336_systems.training.checkpointing import apply_checkpointing
 from cs336_systems.training.step import StepConfig, TrainingStep
 

@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +13,6 @@ from cs336_systems.training.options import (
     Sizes,
     StepPrecision,
     StepPrecisions,
-    computed,
     gpu_count,
     gpu_or_cpu,
 )
@@ -55,7 +54,7 @@ class StepGrid(Measurement):
 class RanksMeasurement(Measurement):
     """The options of commands that run training steps on several ranks."""
 
-    processes: int = computed(lambda: gpu_count() or 2)
+    processes: int = field(default_factory=lambda: gpu_count() or 2)
     """Number of ranks, each with a GPU of its own. Default: the number of GPUs; without a GPU, 2 on the CPU."""
     size: Size = gpu_or_cpu("xl", "tiny")
     context: int = gpu_or_cpu(512, 128)

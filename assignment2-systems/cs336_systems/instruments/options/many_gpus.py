@@ -1,13 +1,13 @@
 """Options of the commands that measure several ranks."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, get_args
 
 import tyro
 
 from cs336_systems.instruments.options.common import Measurement, RanksMeasurement
 from cs336_systems.training.choices import BucketSize, StateSharding
-from cs336_systems.training.options import Optimizer, Optimizers, Size, computed, gpu_count, gpu_or_cpu
+from cs336_systems.training.options import Optimizer, Optimizers, Size, gpu_count, gpu_or_cpu
 
 #: gloo: tensors on the CPU. nccl: tensors on GPUs, one for each rank.
 LinkBackend = Literal["gloo", "nccl"]
@@ -108,7 +108,7 @@ class Scaling(Measurement):
 
     parts: tuple[ScalingPart, ...] = get_args(ScalingPart)
     """Parts to measure, in this order."""
-    processes: tuple[int, ...] = computed(_up_to_all_gpus)
+    processes: tuple[int, ...] = field(default_factory=_up_to_all_gpus)
     """Numbers of ranks, each with a GPU of its own. Default: 1, 2, 4, … up to all GPUs; without a GPU, 1 and 2."""
     all_reduce_processes: tuple[int, ...] = ()
     """Numbers of ranks of the all-reduce. Default: those above from 2 on, and 6 if there are 6 GPUs."""
@@ -158,7 +158,7 @@ class Leaderboard2026(Measurement):
     """Number of blocks."""
     heads: int = gpu_or_cpu(32, 4)
     """Attention heads."""
-    processes: int = computed(lambda: gpu_count() or 2)
+    processes: int = field(default_factory=lambda: gpu_count() or 2)
     """Number of ranks, each with a GPU of its own. Default: the number of GPUs; without a GPU, 2 on the CPU."""
     batch_size: int = 1
     """Sequences per rank and step."""

@@ -4,7 +4,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from cs336_basics.model import BasicsTransformerLM, ModelConfig
-from cs336_systems.training.blocks import blocks_of, compile_blocks
+from cs336_systems.parallel.blocks import blocks_of, compile_blocks
 
 MODEL = ModelConfig(67, 12, d_model=16, num_layers=2, num_heads=2, d_ff=24)
 
